@@ -1,0 +1,64 @@
+// THE tile table: every tile shape, stage count and register budget of the project stands here and nowhere
+// else. Read by the kernels, the host launcher and, through hopper_fa._C, by the emulator and the
+// experiments.
+#pragma once
+
+namespace hopper_fa {
+
+// When a warpgroup hands the tensor cores to the next one: once the product is issued. Without overlap it is
+// always when QK has finished.
+enum class PingPong { kNever, kAfterQK, kAfterPV };
+
+struct ForwardTile {
+  char const* variant;      // "default" is what users run; the others are built for experiments only
+  int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
+  int block_m;              // query rows a CTA tile; 64 a consumer warpgroup
+  int block_n;              // keys a step
+  int q_stages;             // tiles whose Q is in shared memory; 2: the next one loads beside this one
+  int kv_stages;            // K or V blocks in flight (one ring holds both)
+  int producer_registers;   // setmaxnreg of the loading warpgroup; 0: no warp specialisation
+  int consumer_registers;   // setmaxnreg of the computing warpgroups
+  PingPong ping_pong;       // when a warpgroup's turn on the tensor cores ends
+  bool overlap;             // QK of the next block is issued before PV of this one
+  int fma_exp2_octets;      // of every 8 column octets, how many compute exp2 on the FP32 pipe
+  float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
+};
+
+constexpr ForwardTile kForwardTiles[] = {
+    // variant, d, M, N, Q stages, K/V stages, regs, ping-pong, overlap, fma_exp2_octets, threshold
+    {"default", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
+    {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
+    {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
+    // One switch at a time off, beside the default of the same head dim (experiments/forward_ablation.py).
+    {"no_warp_specialisation", 128, 128, 128, 2, 5, 0, 0, PingPong::kAfterPV, true, 0, 8.0f},
+    {"no_ping_pong", 128, 128, 128, 2, 5, 24, 240, PingPong::kNever, true, 0, 8.0f},
+    {"no_overlap", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, false, 0, 8.0f},
+    // Tried and slower (experiments/forward_tiles.py, docs/notes/kernel_log.md).
+    {"one_q_stage", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
+    {"wide", 128, 128, 192, 1, 4, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
+    {"wide", 256, 128, 96, 1, 3, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
+    {"eager_rescale", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, -1.0f},
+    {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, -1.0f},
+    {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
+    {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
+};
+constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
+
+constexpr bool same_text(char const* a, char const* b) {
+  while (*a && *a == *b) ++a, ++b;
+  return *a == *b;
+}
+
+// Row of kForwardTiles for an instance of instances.cmake; -1 if the table has none.
+constexpr int forward_tile_index(int head_dim, char const* variant) {
+  for (int i = 0; i < kNumForwardTiles; ++i)
+    if (kForwardTiles[i].head_dim == head_dim && same_text(kForwardTiles[i].variant, variant)) return i;
+  return -1;
+}
+
+// Shared memory of a CTA in bytes: Q, the K/V ring, 1 KB to align them, barriers. 16-bit elements.
+constexpr int forward_shared_memory(ForwardTile const& t) {
+  return (t.q_stages * t.block_m + t.kv_stages * t.block_n) * t.head_dim * 2 + 1024 + 512;
+}
+
+}  // namespace hopper_fa

@@ -1,0 +1,85 @@
+// Output of one warpgroup: registers to global memory, without a detour through shared memory.
+#pragma once
+
+#include "forward/traits.cuh"
+
+namespace hopper_fa {
+
+// 4 x 4 transpose across a quad: lane t passes word j to lane j and ends with word t of lanes 0, 1, 2, 3.
+__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
+  bool const upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    uint32_t const received = __shfl_xor_sync(~0u, upper ? w[i] : w[i + 2], 2);
+    (upper ? w[i] : w[i + 2]) = received;
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < 4; i += 2) {
+    uint32_t const received = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+    (odd ? w[i] : w[i + 1]) = received;
+  }
+}
+
+// Where the rows of this thread go: row r and r + 8 of its warp's 16.
+template <class Traits>
+struct OutputRows {
+  typename Traits::Element* out;  // row r, column 0
+  float* lse;
+  int exist;  // 0, 1 or 2 of them are inside the sequence
+
+  __device__ __forceinline__ OutputRows(ForwardArguments const& args, Tile const& tile, int first_row) {
+    int const row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    out = static_cast<typename Traits::Element*>(args.out) + tile.batch * args.out_batch_stride +
+          tile.head * args.out_head_stride + row * args.out_row_stride;
+    lse = args.lse + static_cast<int64_t>(tile.batch * args.scheduler.heads_q + tile.head) * args.seqlen_q +
+          row;
+    exist = (row < args.seqlen_q) + (row + 8 < args.seqlen_q);
+  }
+};
+
+// Rows [first_row, first_row + 64) of one head: out = output * factor in 16 bits, and their LSE.
+template <class Traits, class Output>
+__device__ __forceinline__ void store_output(ForwardArguments const& args, Tile const& tile, int first_row,
+                                             Output const& output, float const (&factor)[2],
+                                             float const (&lse)[2]) {
+  using Element = typename Traits::Element;
+  cutlass::NumericArrayConverter<Element, float, 2> round;
+  OutputRows<Traits> const rows(args, tile, first_row);
+  int const in_quad = threadIdx.x % 4;
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    Element* const out = rows.out + 8 * r * args.out_row_stride;
+    // Four column octets at a time: each lane of the quad ends with one whole octet, 16 bytes.
+    CUTE_UNROLL
+    for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
+      uint32_t words[4];
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        cutlass::Array<float, 2> pair;
+        int const i = 4 * (octet + j) + 2 * r;
+        pair[0] = output(i) * factor[r], pair[1] = output(i + 1) * factor[r];
+        words[j] =
+            reinterpret_cast<uint32_t const&>(static_cast<cutlass::Array<Element, 2> const&>(round(pair)));
+      }
+      quad_transpose(words);
+      int const column = 8 * (octet + in_quad);
+      if (r < rows.exist && column < args.head_dim)
+        *reinterpret_cast<uint4*>(out + column) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    if (r < rows.exist && in_quad == 0) rows.lse[8 * r] = lse[r];
+  }
+}
+
+// The same for rows that see no key: zeros and -inf.
+template <class Traits>
+__device__ __forceinline__ void store_empty(ForwardArguments const& args, Tile const& tile, int first_row) {
+  OutputRows<Traits> const rows(args, tile, first_row);
+  int const in_quad = threadIdx.x % 4;
+  for (int r = 0; r < rows.exist; ++r) {
+    for (int column = 8 * in_quad; column < args.head_dim; column += 32)
+      *reinterpret_cast<uint4*>(rows.out + 8 * r * args.out_row_stride + column) = make_uint4(0, 0, 0, 0);
+    if (in_quad == 0) rows.lse[8 * r] = -INFINITY;
+  }
+}
+
+}  // namespace hopper_fa

@@ -1,0 +1,59 @@
+// Finds the instance a call asks for and runs it.
+#include "hopper_fa/forward.h"
+
+#include "forward/instance.h"
+
+namespace hopper_fa {
+namespace {
+
+struct Instance {
+  DType dtype;
+  int tile;
+  decltype(&launch_forward<DType::kBF16, 0>) launch;
+};
+
+#define HOPPER_FA_FORWARD_INSTANCE(dtype, head_dim, variant)  \
+  {dtype_token::dtype, forward_tile_index(head_dim, variant), \
+   &launch_forward<dtype_token::dtype, forward_tile_index(head_dim, variant)>},
+constexpr Instance kInstances[] = {
+#include "instances.inc"
+};
+
+Instance const* find(DType dtype, int tile) {
+  for (Instance const& i : kInstances)
+    if (i.dtype == dtype && i.tile == tile) return &i;
+  return nullptr;
+}
+
+// Multiprocessors of the current device, 0 if it is not compute capability 9.0.
+int hopper_sms() {
+  int device, major, minor, sms;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 0;
+  return major == 9 && minor == 0 ? sms : 0;
+}
+
+bool misaligned(TensorRef const& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 != 0; }
+
+}  // namespace
+
+bool has_forward(DType dtype, int tile) { return find(dtype, tile) != nullptr; }
+
+Status run_forward(ForwardParams const& p, CUstream_st* stream) {
+  Instance const* const instance = find(p.dtype, p.tile);
+  if (!instance) return Status::kNoInstance;
+  if (p.batch < 0 || p.seqlen_q < 0 || p.seqlen_k < 0 || p.heads_kv < 1 || p.heads_q % p.heads_kv != 0 ||
+      p.head_dim < 8 || p.head_dim % 8 != 0 || p.head_dim > kForwardTiles[p.tile].head_dim ||
+      misaligned(p.q) || misaligned(p.k) || misaligned(p.v) || misaligned(p.out) || !p.workspace)
+    return Status::kInvalidArgument;
+  if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return Status::kOk;
+  int const sms = hopper_sms();
+  Status const status = sms > 0 ? instance->launch(p, sms, stream) : Status::kWrongDevice;
+  if (status != Status::kOk) cudaGetLastError();  // reported once: the next call must not find it
+  return status;
+}
+
+}  // namespace hopper_fa

@@ -1,0 +1,97 @@
+// The loading side: one warp walks the tiles of its CTA and has TMA copy Q and, block by block, K and V into
+// the ring.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "forward/traits.cuh"
+
+namespace hopper_fa {
+
+// NOTE: the whole warp runs this, and one elected lane issues. So loop counters and addresses stay in uniform
+// registers, where TMA wants them; run by a lone thread the same loop took about three times the
+// instructions.
+template <class Traits>
+class Loader {
+  using Shared = typename Traits::SharedStorage;
+
+  ForwardArguments const& args_;
+  Shared& shared_;
+  RingCursor<Traits::kStages> ring_;
+  RingCursor<Traits::kQStages> q_ring_;
+
+  struct Block {
+    int index, head, batch;  // head of K and V
+  };
+  Block first_;     // of the tile's blocks, which are loaded last to first
+  Block v_ = {-1};  // V block that follows the next K block; index -1: none
+
+ public:
+  __device__ Loader(ForwardArguments const& args, Shared& shared) : args_(args), shared_(shared) {
+    ring_.phase = q_ring_.phase = 1;
+  }
+
+  // Loads Q of every warpgroup in use, and returns how many turns of K and V blocks the tile has.
+  __device__ __forceinline__ int start_tile(Tile const& tile) {
+    int const rows = 64 * args_.warpgroups;
+    int const row = tile.m_block * rows;
+    int const end = block_range(row, rows, args_.seqlen_q, args_.seqlen_k, args_.causal, Traits::kBlockN).end;
+    if (end == 0) return 0;
+    first_ = {end - 1, tile.head / args_.q_heads_per_kv, tile.batch};
+    for (int wg = 0; wg < args_.warpgroups; ++wg) {
+      uint64_t& full = shared_.q_full[q_ring_.slot][wg];
+      EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
+      if (elect_one_sync()) {
+        FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]));
+        copy(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
+             TMA::CacheHintSm90::EVICT_FIRST);
+      }
+      __syncwarp();
+    }
+    q_ring_.advance();
+    return end;
+  }
+
+  // What the warpgroups read in their turn-th turn of the tile: a K block, and the V block of the turn
+  // before, which may be the tile before's.
+  __device__ __forceinline__ void load_turn(int turn) {
+    Block const block = {first_.index - turn, first_.head, first_.batch};
+    load_block(args_.k, block);
+    if constexpr (Traits::kTile.overlap) {
+      if (v_.index >= 0) load_block(args_.v, v_);
+      v_ = block;
+    } else {
+      load_block(args_.v, block);
+    }
+  }
+
+  // After the last tile: the V block that is still due.
+  __device__ __forceinline__ void flush() {
+    if (v_.index >= 0) load_block(args_.v, v_);
+  }
+
+ private:
+  __device__ __forceinline__ void load_block(CUtensorMap const& map, Block const& block) {
+    uint64_t& full = shared_.kv_full[ring_.slot];
+    EmptyBarrier::wait(&shared_.kv_empty[ring_.slot], ring_.phase);
+    if (elect_one_sync()) {
+      FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.kv[0]));
+      copy(map, full, shared_.kv[ring_.slot], Traits::kBlockN, block.index * Traits::kBlockN, block.head,
+           block.batch, TMA::CacheHintSm90::EVICT_LAST);
+    }
+    __syncwarp();
+    ring_.advance();
+  }
+
+  __device__ __forceinline__ void copy(CUtensorMap const& map, uint64_t& barrier,
+                                       typename Traits::Element* smem, int rows, int row, int head, int batch,
+                                       TMA::CacheHintSm90 hint) {
+    CUTE_UNROLL
+    for (int slab = 0; slab < Traits::kSlabs; ++slab)
+      SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + slab * rows * 64, slab * 64,
+                             row, head, batch);
+  }
+};
+
+}  // namespace hopper_fa

@@ -1,0 +1,311 @@
+// The computing side: one warpgroup's 64 query rows against all their key blocks, tile after tile.
+//
+//   turn i of a warpgroup:   issue S = Q K^T of block i          (tensor cores)
+//                            issue O += P V of block i - 1       (tensor cores)
+//                            P = softmax(S) of block i           beside that O += P V, and the other
+//                            warpgroups' products
+//
+// Block i - 1 may belong to the tile before: its output is finished and stored in the next tile's first turn,
+// so the tensor cores do not run dry between tiles.
+#pragma once
+
+#include "common/mask.cuh"
+#include "common/softmax.cuh"
+#include "forward/epilogue.cuh"
+#include "forward/traits.cuh"
+
+namespace hopper_fa {
+
+template <class Traits>
+class Mainloop {
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::SharedStorage;
+  using Softmax = OnlineSoftmax<Traits::kTile.fma_exp2_octets>;
+  static constexpr ForwardTile kTile = Traits::kTile;
+  static constexpr int kBlockN = Traits::kBlockN;
+  using Output =
+      decltype(partition_fragment_C(typename Traits::MmaPV{}, Shape<_64, Int<Traits::kHeadDim>>{}));
+  using Probabilities = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
+
+  ForwardArguments const& args_;
+  Shared& shared_;
+  int const warpgroup_;  // among the computing ones
+  Baton const baton_;
+  RingCursor<Traits::kStages> ring_;
+  RingCursor<Traits::kQStages> q_ring_;
+
+  Output output_;            // 64 x head_dim, FP32
+  Probabilities p_;          // 64 x kBlockN, of the last block whose QK is done
+  Softmax softmax_;          // of the tile that p_ belongs to
+  Tile tile_;                // that tile
+  bool pending_ = false;     // p_ still waits for its V
+  bool accumulate_ = false;  // output_ holds something of tile_ already
+  bool started_ = false;     // the CTA has read a K block: a V block follows the next one
+
+ public:
+  __device__ Mainloop(ForwardArguments const& args, Shared& shared, int warpgroup)
+      : args_(args),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        baton_{warpgroup, kTile.ping_pong == PingPong::kNever ? 1 : args.warpgroups},
+        softmax_(args.scale_log2, kTile.rescale_threshold) {
+    baton_.start();
+  }
+
+  // All turns of a tile; what it leaves pending, the next run() or flush() completes. refill(turn) comes at
+  // the start of every turn: without a loading warp, that is where the loads are issued.
+  template <class Refill>
+  __device__ __forceinline__ void run(Tile const& tile, Refill refill) {
+    int const tile_rows = 64 * args_.warpgroups;
+    int const tile_end = block_range(tile.m_block * tile_rows, tile_rows, args_.seqlen_q, args_.seqlen_k,
+                                     args_.causal, kBlockN)
+                             .end;
+    BlockRange const range =
+        block_range(first_row(tile), 64, args_.seqlen_q, args_.seqlen_k, args_.causal, kBlockN);
+    // Blocks that only later rows of the tile see: pass them on unread, but keep taking turns.
+    int const skipped = tile_end - range.end;
+    for (int turn = 0; turn < skipped; ++turn) {
+      refill(turn);
+      skip_turn();
+    }
+    if (tile_end > 0) wait_q();
+    if (range.end == 0) {
+      if (tile_end > 0) release_q();
+      store_empty<Traits>(args_, tile, first_row(tile));
+      return;
+    }
+    if constexpr (kTile.overlap) {
+      refill(skipped);
+      // NOTE: two copies of the turn, because a branch that chooses what joins a product in flight makes
+      // ptxas serialise all of them.
+      if (pending_)
+        first_turn<true>(tile, range);
+      else
+        first_turn<false>(tile, range);
+      for (int n = range.end - 2; n >= 0; --n) {
+        refill(range.end - 1 - n + skipped);
+        next_turn(n, range);
+      }
+    } else {
+      run_in_order(tile, range, skipped, refill);
+    }
+  }
+
+  // After the last tile.
+  __device__ __forceinline__ void flush() {
+    if (pending_) {
+      issue_pv();
+      finish_pending();
+    }
+  }
+
+ private:
+  // QK of a tile's first block, beside PV of the last block of the tile before if that is pending.
+  template <bool kPending>
+  __device__ __forceinline__ void first_turn(Tile const& tile, BlockRange range) {
+    float alpha[2];
+    int const n = range.end - 1;
+    Tensor s = make_scores();
+    wait_block();
+    baton_.take();
+    issue_product(typename Traits::MmaQK{}, q_operand(), k_operand(), s, false);
+    int const k_slot = ring_.slot;
+    ring_.advance();
+    if constexpr (kPending) issue_pv();
+    baton_.pass();
+    wait_product<kPending ? 1 : 0>(s);
+    if (!kPending && started_) skip_blocks(1);
+    release_slot(k_slot);
+    if (n == 0) release_q();
+    prepare_scores(s, n, range, first_row(tile));
+    Softmax fresh(args_.scale_log2, kTile.rescale_threshold);
+    fresh.step(s, alpha);  // nothing to rescale yet
+    if constexpr (kPending) finish_pending();
+    convert(s, p_);
+    softmax_ = fresh;
+    tile_ = tile;
+    pending_ = started_ = true;
+    accumulate_ = false;
+    if (n > 0) wait_block();
+  }
+
+  // The hot loop. On entry the slot at ring_, K of block n, has landed.
+  __device__ __forceinline__ void next_turn(int n, BlockRange range) {
+    float alpha[2];
+    Tensor s = make_scores();
+    baton_.take();
+    issue_product(typename Traits::MmaQK{}, q_operand(), k_operand(), s, false);
+    int const k_slot = ring_.slot;
+    ring_.advance();
+    if (kTile.ping_pong == PingPong::kAfterQK) baton_.pass();
+    issue_pv();
+    if (kTile.ping_pong == PingPong::kAfterPV) baton_.pass();
+    wait_product<1>(s);
+    release_slot(k_slot);
+    if (n == 0) release_q();
+    prepare_scores(s, n, range, first_row(tile_));
+    bool const rescale = softmax_.step(s, alpha);
+    // NOTE: the next turn's block is waited for here because the wait is a loop: with the fence before it,
+    // nvcc moves no exponential across. Without the two, all of them end up below wait_product, and PV runs
+    // beside nothing.
+    warpgroup_fence_operand(s);
+    if (n > 0) wait_block_after();
+    wait_product<0>(output_);
+    release_block();
+    convert(s, p_);
+    if (rescale) scale_rows(output_, alpha);
+  }
+
+  // A turn in which this warpgroup has no scores to compute.
+  __device__ __forceinline__ void skip_turn() {
+    baton_.take();
+    baton_.pass();
+    skip_blocks(1);
+    if (pending_) {
+      issue_pv();
+      finish_pending();
+    } else if (started_ || !kTile.overlap) {
+      skip_blocks(1);
+    }
+    started_ = true;
+  }
+
+  __device__ __forceinline__ void issue_pv() {
+    wait_block();
+    issue_product(typename Traits::MmaPV{}, p_, v_operand(), output_, accumulate_);
+    accumulate_ = true;
+  }
+
+  __device__ __forceinline__ void finish_pending() {
+    wait_product<0>(output_);
+    release_block();
+    finish_tile();
+    pending_ = false;
+  }
+
+  __device__ __forceinline__ void finish_tile() {
+    float factor[2], lse[2];
+    softmax_.finish(factor, lse);
+    store_output<Traits>(args_, tile_, first_row(tile_), output_, factor, lse);
+  }
+
+  // The ablation: QK, softmax and PV of a block one after the other.
+  template <class Refill>
+  __device__ __forceinline__ void run_in_order(Tile const& tile, BlockRange range, int skipped,
+                                               Refill& refill) {
+    float alpha[2];
+    softmax_ = Softmax(args_.scale_log2, kTile.rescale_threshold);
+    tile_ = tile;
+    accumulate_ = false;
+    for (int n = range.end - 1; n >= 0; --n) {
+      Tensor s = make_scores();
+      refill(range.end - 1 - n + skipped);
+      wait_block();
+      baton_.take();
+      issue_product(typename Traits::MmaQK{}, q_operand(), k_operand(), s, false);
+      wait_product<0>(s);
+      baton_.pass();
+      release_block();
+      if (n == 0) release_q();
+      prepare_scores(s, n, range, first_row(tile));
+      bool const rescale = softmax_.step(s, alpha);
+      convert(s, p_);
+      if (rescale && accumulate_) scale_rows(output_, alpha);
+      issue_pv();
+      wait_product<0>(output_);
+      release_block();
+    }
+    finish_tile();
+  }
+
+  __device__ __forceinline__ int first_row(Tile const& tile) const {
+    return 64 * (tile.m_block * args_.warpgroups + warpgroup_);
+  }
+
+  static __device__ __forceinline__ auto make_scores() {  // 64 x kBlockN, FP32
+    return partition_fragment_C(typename Traits::MmaQK{}, Shape<_64, Int<kBlockN>>{});
+  }
+
+  __device__ __forceinline__ auto q_operand() const {
+    Tensor q = make_tensor(make_smem_ptr(shared_.q[q_ring_.slot][warpgroup_]), typename Traits::LayoutQ{});
+    auto thread = typename Traits::MmaQK{}.get_slice(0);
+    return thread.make_fragment_A(thread.partition_A(q));
+  }
+  __device__ __forceinline__ auto k_operand() const {
+    Tensor k = make_tensor(make_smem_ptr(shared_.kv[ring_.slot]), typename Traits::LayoutK{});
+    auto thread = typename Traits::MmaQK{}.get_slice(0);
+    return thread.make_fragment_B(thread.partition_B(k));
+  }
+  __device__ __forceinline__ auto v_operand() const {
+    Tensor v = make_tensor(make_smem_ptr(shared_.kv[ring_.slot]), typename Traits::LayoutVt{});
+    auto thread = typename Traits::MmaPV{}.get_slice(0);
+    return thread.make_fragment_B(thread.partition_B(v));
+  }
+
+  template <class Scores>
+  __device__ __forceinline__ void prepare_scores(Scores& s, int n, BlockRange range, int first_row) const {
+    if (args_.negate_scores) {
+      CUTE_UNROLL
+      for (int i = 0; i < size(s); ++i) s(i) = -s(i);
+    }
+    if (n >= range.unmasked) {
+      int const row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+      int const keys = args_.seqlen_k - n * kBlockN;
+      int const diagonal = row + 1 + (args_.seqlen_k - args_.seqlen_q) - n * kBlockN;
+      int const visible[2] = {args_.causal ? min(keys, diagonal) : keys,
+                              args_.causal ? min(keys, diagonal + 8) : keys};
+      mask_scores(s, visible);
+    }
+  }
+
+  // NOTE: the FP32 accumulator of S and the 16-bit A operand of P V hold the same elements in the same
+  // threads in the same order, so P never leaves its registers.
+  template <class Scores, class Probabilities>
+  static __device__ __forceinline__ void convert(Scores const& s, Probabilities& p) {
+    static_assert(decltype(size(s))::value == decltype(size(p))::value);
+    cutlass::NumericArrayConverter<Element, float, 2> round;
+    CUTE_UNROLL
+    for (int i = 0; i < size(s); i += 2) {
+      cutlass::Array<float, 2> pair;
+      pair[0] = s(i), pair[1] = s(i + 1);
+      recast<cutlass::Array<Element, 2>>(p)(i / 2) = round(pair);
+    }
+  }
+
+  template <class Output>
+  static __device__ __forceinline__ void scale_rows(Output& output, float const (&factor)[2]) {
+    CUTE_UNROLL
+    for (int i = 0; i < size(output); ++i) output(i) *= factor[(i >> 1) & 1];
+  }
+
+  __device__ __forceinline__ void wait_block() const {
+    FullBarrier::wait(&shared_.kv_full[ring_.slot], ring_.phase);
+  }
+  __device__ __forceinline__ void wait_block_after() const {
+    auto after = ring_;
+    after.advance();
+    FullBarrier::wait(&shared_.kv_full[after.slot], after.phase);
+  }
+  __device__ __forceinline__ void release_slot(int slot) const {
+    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
+  }
+  __device__ __forceinline__ void release_block() {
+    release_slot(ring_.slot);
+    ring_.advance();
+  }
+  __device__ __forceinline__ void wait_q() const {
+    FullBarrier::wait(&shared_.q_full[q_ring_.slot][warpgroup_], q_ring_.phase);
+  }
+  __device__ __forceinline__ void release_q() {
+    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
+    q_ring_.advance();
+  }
+  __device__ __forceinline__ void skip_blocks(int count) {
+    for (int i = 0; i < count; ++i) {
+      wait_block();
+      release_block();
+    }
+  }
+};
+
+}  // namespace hopper_fa

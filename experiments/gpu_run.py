@@ -1,0 +1,237 @@
+"""Everything that needs a Hopper GPU in one command: build, tests, sanitizer, experiments, profile.
+
+    python experiments/gpu_run.py --kernels build/kernels --tests "-k graph" --speed "--budget-seconds 120"
+
+Installs the package into a scratch folder (compiling only the Python binding if --kernels names the kernels
+folder of a build tree, which serves any Python), then runs the stages asked for, each with a time limit and a
+log in --out. A stage that fails does not stop the next; the exit code is 1 if any failed. Without a stage, it
+builds and ends. Arguments of a stage that begin with a dash and hold no space need "=": --speed=--quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = {  # flag: (script, seconds it may take, what it does)
+    "speed": ("forward_speed.py", 420, "forward beside its peers"),
+    "ablation": ("forward_ablation.py", 120, "what each part of the schedule is worth"),
+    "tiles": ("forward_tiles.py", 300, "every built tile"),
+    "memory": ("memory.py", 90, "peak memory"),
+    "overhead": ("overhead.py", 60, "CPU time of a call"),
+}
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+SANITIZER_ERROR = 9
+CUDA_BIN = "/usr/local/cuda/bin"
+SEARCH_PATH = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{CUDA_BIN}"
+# As `python -m pytest`, but the bare sources in the current folder do not hide the installed package.
+PYTEST = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+@dataclass
+class Stage:
+    """One command with its log and limits."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    judge: Callable[[str, int], int] = lambda log, status: status  # may overrule the exit status
+
+
+@dataclass
+class Outcome:
+    """How a stage ended: exit status (124: out of time, 127: no program), duration, last line of output."""
+
+    stage: Stage
+    status: int
+    seconds: float
+    last_line: str
+
+
+def run_stage(stage: Stage, out: Path, environment: dict[str, str]) -> Outcome:
+    """Run a stage in the repository root, its output on the terminal and in `out`/<name>.log.
+
+    The stage's whole process group is ended once its time is up.
+    """
+    print(f"== {stage.name} (at most {stage.seconds:.0f} s): {shlex.join(stage.command)}", flush=True)
+    start = time.monotonic()
+    program = shutil.which(stage.command[0], path=SEARCH_PATH)
+    if program is None:
+        return Outcome(stage, 127, 0.0, f"{stage.command[0]} is neither on PATH nor in {CUDA_BIN}")
+    log_path = out / f"{stage.name}.log"
+    with open(log_path, "wb") as log:
+        # The log is a file that both write to, not a pipe: nothing is lost when a stage is killed.
+        process = subprocess.Popen(
+            [program, *stage.command[1:]],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        with open(log_path, "rb") as reader:
+            while process.poll() is None:
+                _copy(reader)
+                if time.monotonic() - start > stage.seconds:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    status = 124
+                    break
+                time.sleep(0.1)
+            else:
+                status = process.returncode
+            _copy(reader)
+    text = log_path.read_text(errors="replace")
+    lines = text.strip().splitlines()
+    status = stage.judge(text, status)
+    return Outcome(stage, status, time.monotonic() - start, lines[-1] if lines else "")
+
+
+def _copy(reader) -> None:
+    if chunk := reader.read():
+        sys.stdout.write(chunk.decode(errors="replace"))
+        sys.stdout.flush()
+
+
+def build_stage(options: argparse.Namespace, site: Path) -> Stage:
+    """pip installs the package into `site`, offline and without its dependencies."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    command += ["--upgrade", "--target", str(site), str(ROOT)]
+    if options.kernels:
+        command += ["-C", f"cmake.define.HOPPER_FA_KERNELS_LIBRARY={options.kernels}"]
+    for define in options.define:
+        command += ["-C", f"cmake.define.{define}"]
+    return Stage("build", command, 120 if options.kernels else 1200)
+
+
+def judge_racecheck(log: str, status: int) -> int:
+    """Hazards of the tile queue are no errors; all others are.
+
+    racecheck does not follow the ordering that mbarriers give to ordinary accesses. The queue's are the only
+    ordinary ones of the kernel: its reader waits on `full` before it reads and arrives on `empty` after.
+    """
+    accesses = [line for line in log.splitlines() if " access at " in line]
+    known = ("hopper_fa::TileReader::next", "hopper_fa::TileWriter::publish")
+    if status != SANITIZER_ERROR or not accesses:
+        return status
+    return 0 if all(any(name in line for name in known) for line in accesses) else status
+
+
+def stages(options: argparse.Namespace) -> list[Stage]:
+    """The stages asked for, in the order in which they run: correctness first."""
+    chosen = []
+    if options.tests is not None:
+        command = [sys.executable, "-c", PYTEST, "-q", "--durations=8", "-p", "no:cacheprovider", "tests/gpu"]
+        chosen.append(Stage("tests", command + shlex.split(options.tests), options.tests_seconds))
+    if options.sanitize is not None:
+        for tool in SANITIZERS:
+            command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=hopper_fa"]
+            command += ["--error-exitcode", str(SANITIZER_ERROR)]
+            command += [sys.executable, "tests/gpu/sanitizer_cases.py", *shlex.split(options.sanitize)]
+            stage = Stage(f"sanitize_{tool}", command, options.sanitize_seconds)
+            if tool == "racecheck":
+                stage.judge = judge_racecheck
+            chosen.append(stage)
+    for flag, (script, seconds, _) in EXPERIMENTS.items():
+        arguments = getattr(options, flag)
+        if arguments is not None:
+            command = [
+                sys.executable,
+                f"experiments/{script}",
+                "--out",
+                str(options.out),
+                *shlex.split(arguments),
+            ]
+            chosen.append(Stage(flag, command, getattr(options, f"{flag}_seconds") or seconds))
+    if options.ncu is not None:
+        # Clocks are left alone: other work may share the machine.
+        command = ["ncu", "--clock-control", "none", "--set", "full", "--import-source", "yes", "-f"]
+        command += ["--kernel-name", "regex:forward", "--launch-skip", "2", "--launch-count", "1"]
+        command += ["-o", str(options.out / "forward"), sys.executable, "experiments/profile_forward.py"]
+        chosen.append(Stage("ncu", command + shlex.split(options.ncu), 180))
+    return chosen
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    build = ROOT / "build" / "gpu"
+    parser.add_argument("--out", type=Path, default=build / "results", help="folder of logs and results")
+    parser.add_argument("--build-dir", type=Path, default=build, help="where hopper_fa is installed")
+    parser.add_argument("--kernels", help="kernels folder of a build tree; default: compile the kernels here")
+    parser.add_argument(
+        "--define", action="append", default=[], metavar="NAME=VALUE", help="another CMake option"
+    )
+    parser.add_argument("--no-build", action="store_true", help="use what an earlier run built")
+    parser.add_argument(
+        "--commit", help="recorded in results where the tree was copied without its git history"
+    )
+
+    def stage(flag: str, what: str) -> None:
+        parser.add_argument(f"--{flag}", nargs="?", const="", metavar="ARGUMENTS", help=what)
+
+    stage("tests", "pytest tests/gpu; ARGUMENTS go to pytest, as in --tests '-k graph'")
+    parser.add_argument("--tests-seconds", type=float, default=240)
+    stage("sanitize", "compute-sanitizer: " + ", ".join(SANITIZERS))
+    parser.add_argument("--sanitize-seconds", type=float, default=150, help="for each tool")
+    for flag, (script, seconds, what) in EXPERIMENTS.items():
+        stage(flag, f"{script}: {what}")
+        parser.add_argument(f"--{flag}-seconds", type=float, help=f"default: {seconds}")
+    stage("ncu", "Nsight Compute on one launch; ARGUMENTS go to profile_forward.py")
+    options = parser.parse_args(arguments)
+    options.out = options.out.resolve()
+    if options.kernels:
+        library = Path(options.kernels).resolve()
+        options.kernels = library / "libhopper_fa_kernels.a" if library.is_dir() else library
+        if not options.kernels.is_file():
+            parser.error(
+                f"--kernels is {library}, which holds no libhopper_fa_kernels.a; name the kernels folder"
+            )
+    return options
+
+
+def main() -> None:
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if options.commit:
+        environment["HOPPER_FA_COMMIT"] = options.commit
+    site = options.build_dir.resolve() / "site"
+    path = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = f"{site}{os.pathsep}{path}" if path else str(site)
+    outcomes = []
+    if not options.no_build:
+        shutil.rmtree(site, ignore_errors=True)
+        outcomes.append(run_stage(build_stage(options, site), options.out, environment))
+    if not outcomes or outcomes[0].status == 0:
+        outcomes += [run_stage(stage, options.out, environment) for stage in stages(options)]
+    print("== summary")
+    for outcome in outcomes:
+        verdict = {0: "ok", 124: "OUT OF TIME"}.get(outcome.status, f"FAILED ({outcome.status})")
+        print(f"{outcome.stage.name:<20} {verdict:<12} {outcome.seconds:6.1f} s  {outcome.last_line[:120]}")
+    raise SystemExit(any(outcome.status != 0 for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Which backend runs a call, and the sentence a user reads when none can. Nothing falls back silently."""
+
+import functools
+import os
+
+import torch
+
+from hopper_fa import emulator, kernels, reference
+from hopper_fa.validation import check_forward
+
+BACKENDS = ("auto", "cuda", "emulator", "reference")
+ENVIRONMENT_VARIABLE = "HOPPER_FA_BACKEND"
+
+
+def run_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check the inputs, choose the backend and compute attention on it.
+
+    Returns:
+        out: as q, contiguous; lse: (batch, heads_q, seqlen_q) float32, contiguous.
+
+    Raises:
+        TypeError, ValueError: see `validation.check_forward`; unknown backend.
+        RuntimeError: the backend cannot run on the tensors' device, or has no kernel for them.
+    """
+    check_forward(q, k, v, softmax_scale, causal)
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    name = resolve(backend, q.device)
+    if name == "cuda":
+        batch, seqlen_q, heads_q, _ = q.shape
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
+        if batch and seqlen_q:
+            kernels.forward(q, k, v, out, lse, softmax_scale, causal)
+        return out, lse
+    attention = emulator.attention_emulated if name == "emulator" else reference.attention_reference
+    with torch.no_grad():
+        out, lse = attention(q, k, v, softmax_scale, causal)
+    return out.to(q.dtype).contiguous(), lse.float().contiguous()
+
+
+def resolve(backend: str | None, device: torch.device) -> str:
+    """The backend, "cuda", "emulator" or "reference", that runs a call on tensors of `device`.
+
+    Args:
+        backend: one of BACKENDS; None means the environment variable HOPPER_FA_BACKEND, or "auto".
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: the CUDA kernels were asked for, or nothing else was, and `device` is not a Hopper GPU.
+    """
+    name = backend or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name == "auto" or name == "cuda":
+        if device.type == "cuda" and _is_hopper(device.index):
+            return "cuda"
+        raise RuntimeError(_no_kernel_sentence(device))
+    if name not in BACKENDS:
+        raise ValueError(
+            f"backend is {name!r}; allowed are {', '.join(BACKENDS)}; pass one as backend= or in "
+            f"{ENVIRONMENT_VARIABLE}."
+        )
+    return name
+
+
+@functools.cache
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def _no_kernel_sentence(device: torch.device) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        found = f"{device} ({name}, compute capability {major}.{minor})"
+    else:
+        found = str(device)
+    return (
+        f"q, k, v are on {found}; the kernels run on Hopper GPUs (compute capability 9.0) only; move the "
+        'tensors to one, or ask for the slow emulation of the kernels with backend="emulator" or '
+        f"{ENVIRONMENT_VARIABLE}=emulator."
+    )

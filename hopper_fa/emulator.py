@@ -1,0 +1,137 @@
+"""The forward kernel's arithmetic, tile by tile, in torch on any device.
+
+The same blocks in the same order with the same roundings as cutlass_kernels/forward: what the kernel does in
+float32 is float32 here, and P is rounded to the inputs' dtype before P V. What is not modelled: the order of
+additions inside a matrix product and a row sum, the last bit of the hardware's exp2, and single roundings of
+multiply-adds in the exp2 polynomial. All of it is far below the rounding of P.
+"""
+
+import math
+
+import torch
+
+from hopper_fa import kernels
+
+_ROWS = 64  # of a warpgroup, the unit whose key blocks are counted
+_SMALLEST_SCALE = 2.0**-149  # stands in for 0, because 0 * -inf would turn masked scores into NaN
+_ROUND = 12582912.0  # 1.5 * 2**23: adding it to a float32 leaves the rounded integer in the low mantissa bits
+
+
+def attention_emulated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    variant: str = "default",
+    *,
+    fma_exp2_octets: int | None = None,
+    rescale_threshold: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with the numerics of the CUDA kernel, vectorised over all but the key blocks.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim), bfloat16 or float16.
+        k, v: (batch, seqlen_k, heads_kv, head_dim), heads_q a multiple of heads_kv.
+        softmax_scale: factor on the scores; None means 1 / sqrt(head_dim).
+        causal: bottom-right aligned causal mask.
+        variant: of the tile table, which gives block_n, rescale_threshold and fma_exp2_octets.
+        fma_exp2_octets, rescale_threshold: in place of the tile table's, to study what they change.
+
+    Returns:
+        out (batch, seqlen_q, heads_q, head_dim) in q's dtype and lse (batch, heads_q, seqlen_q) float32; 0
+        and -inf in rows that see no key.
+    """
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    seqlen_k, heads_kv = k.shape[1:3]
+    tile = kernels.forward_tile(head_dim, variant)
+    block_n = tile["block_n"]
+    octets = tile["fma_exp2_octets"] if fma_exp2_octets is None else fma_exp2_octets
+    threshold = tile["rescale_threshold"] if rescale_threshold is None else rescale_threshold
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scale_log2 = torch.tensor(abs(scale) * math.log2(math.e) or _SMALLEST_SCALE, dtype=torch.float32).item()
+
+    # Heads that share K and V side by side; rows zero-padded to whole warpgroups, as by the loads.
+    groups = -(-seqlen_q // _ROWS)
+    rows = groups * _ROWS
+    q32 = q.new_zeros((batch, heads_q, rows, head_dim), dtype=torch.float32)
+    q32[:, :, :seqlen_q] = -q.transpose(1, 2) if scale < 0 else q.transpose(1, 2)
+    q32 = q32.unflatten(
+        1, (heads_kv, heads_q // heads_kv)
+    )  # (batch, heads_kv, heads_q / heads_kv, rows, head_dim)
+    k32 = k.transpose(1, 2)[:, :, None].float()  # (batch, heads_kv, 1, seqlen_k, head_dim)
+    v32 = v.transpose(1, 2)[:, :, None].float()
+    out = torch.zeros_like(q32)
+    row_max = q32.new_full(q32.shape[:-1], float("-inf"))
+    row_sum = torch.zeros_like(row_max)
+
+    ranges = [
+        kernels.block_range(row, _ROWS, seqlen_q, seqlen_k, causal, block_n) for row in range(0, rows, _ROWS)
+    ]
+    last_key = torch.arange(rows, device=q.device) + (seqlen_k - seqlen_q) if causal else None
+    for block in reversed(range(max((end for end, _ in ranges), default=0))):
+        # Later rows see more keys, so the warpgroups that visit a block are the last ones.
+        first_row = _ROWS * next(i for i, (end, _) in enumerate(ranges) if end > block)
+        visiting = (..., slice(first_row, None))
+        keys = slice(block * block_n, min((block + 1) * block_n, seqlen_k))
+        s = q32[..., first_row:, :] @ k32[..., keys, :].transpose(-1, -2)  # (..., rows - first_row, keys)
+        if causal:
+            columns = torch.arange(keys.start, keys.stop, device=q.device)
+            s.masked_fill_(columns > last_key[first_row:, None], float("-inf"))
+        _rescale(row_max[visiting], row_sum[visiting], out[..., first_row:, :], s, scale_log2, threshold)
+        p = _probabilities(s, row_max[visiting], scale_log2, octets)
+        row_sum[visiting] += p.sum(-1)
+        out[..., first_row:, :] += p.to(q.dtype).float() @ v32[..., keys, :]
+
+    empty = row_max == float("-inf")
+    factor = (1 / row_sum).masked_fill_(empty, 0.0)
+    log2_sum = torch.addcmul(row_sum.log2(), row_max, torch.full_like(row_max, scale_log2))
+    lse = (math.log(2) * log2_sum).masked_fill_(empty, float("-inf"))
+    out = (out * factor[..., None]).flatten(1, 2)[:, :, :seqlen_q]
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2)[:, :, :seqlen_q].contiguous()
+
+
+def _rescale(
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+    out: torch.Tensor,
+    scores: torch.Tensor,
+    scale_log2: float,
+    threshold: float,
+) -> None:
+    """Lazy rescaling, in place: a row follows its maximum once that outgrew the threshold."""
+    new_max = torch.maximum(row_max, scores.amax(-1))
+    outgrown = ~((new_max - row_max) * scale_log2 <= threshold)  # True for NaN and for -inf - -inf
+    outgrown &= new_max != float("-inf")
+    if not outgrown.any():
+        return
+    alpha = ((row_max - new_max) * scale_log2).exp2_().masked_fill_(~outgrown, 1.0)
+    row_max.copy_(torch.where(outgrown, new_max, row_max))
+    row_sum.mul_(alpha)
+    out.mul_(alpha[..., None])
+
+
+def _probabilities(
+    scores: torch.Tensor, row_max: torch.Tensor, scale_log2: float, fma_exp2_octets: int
+) -> torch.Tensor:
+    """exp2(scale_log2 * (scores - row_max)), the first octets of every 64 columns by the polynomial."""
+    bias = (row_max * -scale_log2).masked_fill_(row_max == float("-inf"), 0.0)
+    # NOTE: float64 and one rounding, as in a fused multiply-add: with large scores the difference shows.
+    x = scores.double().mul_(scale_log2).add_(bias[..., None]).float()
+    if fma_exp2_octets == 0:
+        return x.exp2_()
+    octet = torch.arange(x.shape[-1], device=x.device) // 8 % 8
+    return torch.where(octet < fma_exp2_octets, exp2_polynomial(x), x.exp2())
+
+
+def exp2_polynomial(x: torch.Tensor) -> torch.Tensor:
+    """2**x of float32 as on the FP32 pipe: n = round(x), 2**(x - n) by a cubic, 2**n by exponent bits.
+
+    Any shape. Below 2**-126 the result is 2**-126 or less instead of 2**x.
+    """
+    c0, c1, c2, c3 = kernels.EXP2_POLYNOMIAL
+    clamped = x.clamp_min(-126.0)
+    shifted = clamped + _ROUND
+    r = clamped - (shifted - _ROUND)
+    p = ((c3 * r + c2) * r + c1) * r + c0
+    return (p.view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)

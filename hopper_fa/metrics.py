@@ -1,0 +1,66 @@
+"""How far a result is from its reference."""
+
+import torch
+
+
+def error_metrics(x: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
+    """Errors of `x` against `ref`, in float64 whatever the inputs' dtype.
+
+    Args:
+        x: any shape, any floating-point dtype.
+        ref: same shape, taken as the truth.
+
+    Returns:
+        max_abs: largest |x - ref|.
+        rmse: root mean square of x - ref.
+        relative_l1, relative_l2: norm of x - ref over the norm of ref (0 if both are 0, inf if only ref is).
+        cosine: cosine of the angle between x and ref as vectors (1 if both are 0).
+        signed_bias: mean of (x - ref) * sign(ref): negative where x is on the whole too small in magnitude.
+        row_median, row_p99: median and 99th percentile, over rows of the last dimension, of the row's
+            relative_l2.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if x.shape != ref.shape:
+        raise ValueError(
+            f"error_metrics got x of shape {tuple(x.shape)} and ref of shape {tuple(ref.shape)}; "
+            "pass two tensors of one shape"
+        )
+    names = (
+        "max_abs",
+        "rmse",
+        "relative_l1",
+        "relative_l2",
+        "cosine",
+        "signed_bias",
+        "row_median",
+        "row_p99",
+    )
+    if x.numel() == 0:
+        return dict.fromkeys(names, 0.0) | {"cosine": 1.0}
+    x, ref = x.detach().double(), ref.detach().to(device=x.device, dtype=torch.float64)
+    diff = x - ref
+    rows = (
+        _ratio(diff.norm(dim=-1), ref.norm(dim=-1)).flatten()
+        if x.ndim
+        else _ratio(diff.abs(), ref.abs())[None]
+    )
+    norms = x.norm() * ref.norm()
+    values = (
+        diff.abs().max(),
+        diff.square().mean().sqrt(),
+        _ratio(diff.abs().sum(), ref.abs().sum()),
+        _ratio(diff.norm(), ref.norm()),
+        (x * ref).sum() / norms if norms > 0 else (x.norm() == ref.norm()).double(),
+        (diff * ref.sign()).mean(),
+        rows.median(),
+        # kthvalue, because torch.quantile refuses more than 2**24 values.
+        rows.kthvalue(max(1, -(-99 * rows.numel() // 100))).values,
+    )
+    return {name: value.item() for name, value in zip(names, values, strict=True)}
+
+
+def _ratio(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """error / size, with 0 / 0 = 0."""
+    return torch.where(error == 0, torch.zeros_like(error), error / size)

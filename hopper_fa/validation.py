@@ -1,0 +1,119 @@
+"""All checking of attention inputs, done once, before any pointer is taken. Every message is one sentence."""
+
+from typing import NoReturn
+
+import torch
+
+from hopper_fa.kernels import DTYPE_NAMES, MAX_HEAD_DIM
+
+# Kernels count keys and rows in int32, and look up to one tile past the end.
+MAX_SEQLEN = 2**31 - 1024
+# Of 64 query rows, the fewest a kernel chooses; counters in int32 run past the last tile by one a CTA.
+MAX_TILES = 2**31 - 1024
+# Larger factors push ordinary scores past the end of float32.
+MAX_SCALE = 2.0**64
+
+
+def check_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None, causal: bool
+) -> None:
+    """Everything a kernel relies on; see `check_shapes` and `check_memory`.
+
+    Raises:
+        TypeError: causal is no bool.
+        ValueError: a dtype, device, shape, stride, alignment or scale the kernels do not take.
+    """
+    check_shapes(q, k, v)
+    check_memory("q", q)
+    check_memory("k", k)
+    check_memory("v", v)
+    if softmax_scale is not None and not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
+        raise ValueError(
+            f"softmax_scale is {softmax_scale}; it must be from -2**64 to 2**64; pass another or None."
+        )
+    if causal is not True and causal is not False:
+        raise TypeError(
+            f"causal is {causal!r}; it must be True or False; note that positional arguments follow "
+            "FlashAttention-3 (q, k, v, softmax_scale, causal), and pass dropout_p by name."
+        )
+
+
+def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """What does not depend on memory: dtype, device, shape. Works on fake tensors and symbolic sizes.
+
+    Raises:
+        ValueError: they do not fit together, or no kernel takes them.
+    """
+    dtype = q.dtype
+    if dtype not in DTYPE_NAMES or k.dtype != dtype or v.dtype != dtype:
+        raise ValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; all must be torch.bfloat16 or all "
+            "torch.float16; convert them with .to()."
+        )
+    device = q.device
+    if k.device != device or v.device != device:
+        raise ValueError(
+            f"q, k, v are on {q.device}, {k.device}, {v.device}; they must share a device; move them with "
+            ".to()."
+        )
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        _bad_shapes(q, k, v)
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
+    if batch_k != batch or head_dim_k != head_dim or k.shape != v.shape:
+        _bad_shapes(q, k, v)
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim is {head_dim}; it must be a multiple of 8 from 8 to {MAX_HEAD_DIM}; pad q, k and v "
+            "with zeros and pass the softmax_scale of the unpadded head_dim."
+        )
+    if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
+        raise ValueError(
+            f"q has {heads_q} heads and k, v have {heads_kv}; the heads of q must be a positive multiple of "
+            "those of k and v; repeat or drop heads."
+        )
+    if seqlen_q >= MAX_SEQLEN or seqlen_k >= MAX_SEQLEN:
+        raise ValueError(
+            f"sequence lengths are {seqlen_q} (q) and {seqlen_k} (k, v); each must be below {MAX_SEQLEN}; "
+            "split the sequence and combine the parts with merge_attention."
+        )
+    if batch * heads_q * ((seqlen_q + 63) // 64) >= MAX_TILES:
+        raise ValueError(
+            f"q of shape {tuple(q.shape)} makes {MAX_TILES} or more tiles of 64 rows; fewer are "
+            "allowed; split the batch."
+        )
+
+
+def check_memory(name: str, t: torch.Tensor) -> None:
+    """Strides and alignment that TMA needs of a 16-bit (batch, seqlen, heads, head_dim) tensor.
+
+    Raises:
+        ValueError: the last dimension is not contiguous, another stride is no multiple of 16 bytes, or the
+            data does not start at a multiple of 16 bytes.
+    """
+    batch, row, head, last = t.stride()
+    if last != 1:
+        raise ValueError(
+            f"{name} has strides {t.stride()}; the last dimension must have stride 1; call "
+            f"{name}.contiguous()."
+        )
+    if (batch | row | head) & 7:
+        # The stride of a dimension of size 1 is never used.
+        if any(stride & 7 and size > 1 for stride, size in zip(t.stride()[:3], t.shape[:3], strict=True)):
+            raise ValueError(
+                f"{name} has strides {t.stride()}; all but the last must be multiples of 8 elements (16 "
+                f"bytes); call {name}.contiguous()."
+            )
+    if t.data_ptr() & 15:
+        raise ValueError(
+            f"{name} starts {t.data_ptr() & 15} bytes past a multiple of 16 bytes; its data must be 16-byte "
+            f"aligned; call {name}.clone()."
+        )
+
+
+def _bad_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> NoReturn:
+    raise ValueError(
+        f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; allowed are q (batch, "
+        "seqlen_q, heads_q, head_dim) and k, v (batch, seqlen_k, heads_kv, head_dim); transpose or reshape "
+        "them to that."
+    )

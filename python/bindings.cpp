@@ -1,0 +1,134 @@
+// hopper_fa._C: parameter structs in, status out. Integers for pointers, strides and the stream; no torch
+// headers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <iterator>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/block_range.h"
+#include "common/exp2_polynomial.h"
+#include "common/tile_scheduler.h"
+#include "common/tile_table.h"
+#include "hopper_fa/forward.h"
+
+namespace py = pybind11;
+using namespace hopper_fa;
+
+namespace {
+
+TensorRef tensor_ref(std::uintptr_t data, int64_t batch_stride, int64_t row_stride, int64_t head_stride) {
+  return {reinterpret_cast<void*>(data), batch_stride, row_stride, head_stride};
+}
+
+py::dict tile_dict(int index) {
+  ForwardTile const& t = kForwardTiles[index];
+  bool const specialised = t.producer_registers > 0;
+  py::dict d;
+  d["tile"] = index;
+  d["variant"] = t.variant;
+  d["head_dim"] = t.head_dim;
+  d["block_m"] = t.block_m;
+  d["block_n"] = t.block_n;
+  d["q_stages"] = t.q_stages;
+  d["kv_stages"] = t.kv_stages;
+  d["consumer_warpgroups"] = t.block_m / 64;
+  d["threads"] = t.block_m * 2 + (specialised ? 128 : 0);
+  d["producer_registers"] = t.producer_registers;
+  d["consumer_registers"] = t.consumer_registers;
+  d["warp_specialised"] = specialised;
+  d["ping_pong"] = t.ping_pong == PingPong::kNever     ? "never"
+                   : t.ping_pong == PingPong::kAfterQK ? "after_qk"
+                                                       : "after_pv";
+  d["overlap"] = t.overlap;
+  d["fma_exp2_octets"] = t.fma_exp2_octets;
+  d["rescale_threshold"] = t.rescale_threshold;
+  d["shared_memory"] = forward_shared_memory(t);
+  return d;
+}
+
+// Every tile-table row, with the dtypes this binary holds a kernel for ("bf16", "fp16"; empty: not built).
+std::vector<py::dict> forward_tiles() {
+  std::vector<py::dict> rows;
+  for (int i = 0; i < kNumForwardTiles; ++i) {
+    py::dict d = tile_dict(i);
+    std::vector<std::string> dtypes;
+    if (has_forward(DType::kBF16, i)) dtypes.push_back("bf16");
+    if (has_forward(DType::kFP16, i)) dtypes.push_back("fp16");
+    d["dtypes"] = dtypes;
+    rows.push_back(d);
+  }
+  return rows;
+}
+
+// All tiles of a problem, (m_block, head, batch), in the order they are started.
+std::vector<std::tuple<int, int, int>> tile_order(int batch, int heads_q, int q_heads_per_kv, int seqlen_q,
+                                                  int tile_rows, long long kv_bytes, bool causal) {
+  TileScheduler const s =
+      make_tile_scheduler(batch, heads_q, q_heads_per_kv, seqlen_q, tile_rows, kv_bytes, causal);
+  std::vector<std::tuple<int, int, int>> order;
+  for (int i = 0; i < s.num_tiles; ++i) {
+    Tile const t = s.get(i);
+    order.emplace_back(t.m_block, t.head, t.batch);
+  }
+  return order;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled face of hopper_fa; only hopper_fa/kernels.py imports it.";
+  m.attr("cuda_version") = HOPPER_FA_CUDA_VERSION;
+  m.attr("cutlass_version") = HOPPER_FA_CUTLASS_VERSION;
+  m.attr("STATUS_OK") = static_cast<int>(Status::kOk);
+  m.attr("DTYPES") = py::dict(py::arg("bf16") = static_cast<int>(DType::kBF16),
+                              py::arg("fp16") = static_cast<int>(DType::kFP16));
+  m.attr("STATUS") = py::dict(py::arg("no_instance") = static_cast<int>(Status::kNoInstance),
+                              py::arg("invalid_argument") = static_cast<int>(Status::kInvalidArgument),
+                              py::arg("wrong_device") = static_cast<int>(Status::kWrongDevice),
+                              py::arg("driver_error") = static_cast<int>(Status::kDriverError),
+                              py::arg("launch_error") = static_cast<int>(Status::kLaunchError));
+
+  m.attr("FORWARD_WORKSPACE_INTS") = kForwardWorkspaceInts;
+
+  m.def("forward_tiles", &forward_tiles);
+  m.def("exp2_polynomial",
+        [] { return std::vector<float>(std::begin(kExp2Polynomial), std::end(kExp2Polynomial)); });
+
+  // Positional and flat on purpose: keyword arguments and structs cost microseconds a call.
+  m.def("forward", [](int dtype, int tile, std::uintptr_t q, int64_t q_batch, int64_t q_row, int64_t q_head,
+                      std::uintptr_t k, int64_t k_batch, int64_t k_row, int64_t k_head, std::uintptr_t v,
+                      int64_t v_batch, int64_t v_row, int64_t v_head, std::uintptr_t out, int64_t out_batch,
+                      int64_t out_row, int64_t out_head, std::uintptr_t lse, std::uintptr_t workspace,
+                      int batch, int seqlen_q, int seqlen_k, int heads_q, int heads_kv, int head_dim,
+                      float softmax_scale, bool causal, std::uintptr_t stream) {
+    ForwardParams p;
+    p.dtype = static_cast<DType>(dtype);
+    p.tile = tile;
+    p.q = tensor_ref(q, q_batch, q_row, q_head);
+    p.k = tensor_ref(k, k_batch, k_row, k_head);
+    p.v = tensor_ref(v, v_batch, v_row, v_head);
+    p.out = tensor_ref(out, out_batch, out_row, out_head);
+    p.lse = reinterpret_cast<float*>(lse);
+    p.workspace = reinterpret_cast<int*>(workspace);
+    p.batch = batch;
+    p.seqlen_q = seqlen_q;
+    p.seqlen_k = seqlen_k;
+    p.heads_q = heads_q;
+    p.heads_kv = heads_kv;
+    p.head_dim = head_dim;
+    p.softmax_scale = softmax_scale;
+    p.causal = causal;
+    return static_cast<int>(run_forward(p, reinterpret_cast<CUstream_st*>(stream)));
+  });
+
+  // Host-compiled kernel logic, for the tests and the emulator.
+  m.def("block_range", [](int row, int rows, int seqlen_q, int seqlen_k, bool causal, int block_n) {
+    BlockRange const r = block_range(row, rows, seqlen_q, seqlen_k, causal, block_n);
+    return std::make_tuple(r.end, r.unmasked);
+  });
+  m.def("tile_order", &tile_order);
+  m.def("choose_warpgroups", &choose_warpgroups);
+}

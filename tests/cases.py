@@ -1,0 +1,148 @@
+"""What the CPU and the GPU tests share: shapes, FlashAttention's acceptance rule, NaN poison."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from hopper_fa.accuracy import DTYPES as DTYPES
+from hopper_fa.accuracy import random_qkv, unfused_attention
+from hopper_fa.metrics import error_metrics
+from hopper_fa.reference import attention_reference
+
+# Lengths that divide no tile, next to one key, and one more than many tiles.
+ODD_SEQLENS = (1, 113, 239, 799, 1023)
+LONG_SEQLENS = (4224,)
+
+# Instances are built for 64, 128 and 256; every other multiple of 8 is zero-padded by the loads.
+INSTANCE_HEAD_DIMS = (64, 128, 256)
+PADDED_HEAD_DIMS = (8, 40, 72, 96, 112, 160, 192, 248)
+HEAD_DIMS = tuple(sorted(INSTANCE_HEAD_DIMS + PADDED_HEAD_DIMS))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem; `str(case)` is its pytest id."""
+
+    batch: int = 1
+    heads_q: int = 2
+    heads_kv: int = 2
+    seqlen_q: int = 113
+    seqlen_k: int = 113
+    head_dim: int = 64
+    causal: bool = False
+    softmax_scale: float | None = None
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "full"
+        scale = "" if self.softmax_scale is None else f"-scale{self.softmax_scale:g}"
+        return (
+            f"b{self.batch}-h{self.heads_q}:{self.heads_kv}-s{self.seqlen_q}:{self.seqlen_k}"
+            f"-d{self.head_dim}-{mask}{scale}"
+        )
+
+    def qkv(
+        self, dtype: torch.dtype, seed: int, device: str | torch.device = "cpu", distribution: str = "normal"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Contiguous random q, k, v of the case; see `hopper_fa.accuracy.random_qkv`."""
+        return random_qkv(
+            self.batch,
+            self.seqlen_q,
+            self.seqlen_k,
+            self.heads_q,
+            self.heads_kv,
+            self.head_dim,
+            dtype=dtype,
+            device=device,
+            distribution=distribution,
+            seed=seed,
+        )
+
+
+def _both_masks(cases: list[Case]) -> list[Case]:
+    return [replace(case, causal=causal) for case in cases for causal in (False, True)]
+
+
+# Every head dim at one odd shape.
+HEAD_DIM_CASES = _both_masks([Case(seqlen_q=113, seqlen_k=239, head_dim=d) for d in HEAD_DIMS])
+# Every odd length, square, and against a shorter and a longer key sequence; causal rows with no key among
+# them.
+SEQLEN_CASES = _both_masks(
+    [Case(seqlen_q=s, seqlen_k=s) for s in ODD_SEQLENS]
+    + [Case(seqlen_q=1, seqlen_k=799), Case(seqlen_q=113, seqlen_k=1023), Case(seqlen_q=239, seqlen_k=128)]
+    + [Case(seqlen_q=799, seqlen_k=113), Case(seqlen_q=1023, seqlen_k=1), Case(seqlen_q=64, seqlen_k=64)]
+    + [Case(seqlen_q=113, seqlen_k=0), Case(seqlen_q=192, seqlen_k=256, head_dim=128)]
+)
+# Several batch entries; one, several and all query heads to a key/value head.
+GQA_CASES = _both_masks(
+    [
+        Case(batch=2, heads_q=6, heads_kv=6, seqlen_q=113, seqlen_k=239),
+        Case(batch=2, heads_q=6, heads_kv=2, seqlen_q=113, seqlen_k=239, head_dim=128),
+        Case(batch=3, heads_q=5, heads_kv=1, seqlen_q=239, seqlen_k=113),
+    ]
+)
+SCALE_CASES = _both_masks(
+    [Case(seqlen_q=239, seqlen_k=239, softmax_scale=s) for s in (1.0, -0.125, 0.0, 1e-30)]
+)
+ALL_CASES = HEAD_DIM_CASES + SEQLEN_CASES + GQA_CASES + SCALE_CASES
+
+
+def assert_accurate(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> None:
+    """FlashAttention's rule: against float64, at most twice the error of `unfused_attention`.
+
+    Applied to the largest and to the root-mean-square error, where one unit in the last place of the largest
+    output is granted besides, for the final rounding; and to the relative L2 error, where that rounding costs
+    0.2 eps if everything before it is exact. LSE must agree to 1e-3, and be -inf exactly where no key is
+    visible.
+    """
+    ref_out, ref_lse = attention_reference(q, k, v, softmax_scale, causal)
+    yardstick = error_metrics(unfused_attention(q, k, v, softmax_scale, causal), ref_out)
+    ours = error_metrics(out, ref_out)
+    eps = torch.finfo(q.dtype).eps
+    last_place = eps * (ref_out.abs().max().item() if ref_out.numel() else 0.0)
+    assert out.dtype == q.dtype and out.shape == q.shape
+    assert out.isfinite().all(), "out holds NaN or inf"
+    for metric, rounding in (("max_abs", last_place), ("rmse", last_place), ("relative_l2", 0.3 * eps)):
+        allowed = 2 * yardstick[metric] + rounding
+        assert ours[metric] <= allowed, f"{metric} {ours[metric]:.3e} exceeds {allowed:.3e} ({yardstick=})"
+    assert lse.dtype == torch.float32 and lse.shape == ref_lse.shape
+    torch.testing.assert_close(lse.double(), ref_lse, atol=1e-3, rtol=1e-6)
+
+
+def in_nan(t: torch.Tensor) -> torch.Tensor:
+    """A strided copy of `t` (4 dimensions, last one contiguous) whose neighbours in memory are all NaN.
+
+    One extra batch entry, row and head on either side, and 8 elements after the last dimension: strides stay
+    multiples of 8 elements and the pointer stays 16-byte aligned.
+    """
+    batch, rows, heads, dim = t.shape
+    whole = torch.full(
+        (batch + 2, rows + 2, heads + 2, dim + 8), float("nan"), dtype=t.dtype, device=t.device
+    )
+    view = whole[1:-1, 1:-1, 1:-1, :dim]
+    view.copy_(t)
+    return view
+
+
+def nan_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """NaN-filled out, surrounded by NaN as in `in_nan`, and lse for a kernel called directly."""
+    batch, seqlen_q, heads_q, _ = q.shape
+    out = in_nan(torch.full_like(q, float("nan")))
+    lse = torch.full((batch, heads_q, seqlen_q), float("nan"), dtype=torch.float32, device=q.device)
+    return out, lse
+
+
+def assert_surroundings_nan(view: torch.Tensor) -> None:
+    """Nothing was written outside `view`, a tensor that `in_nan` made."""
+    batch, rows, heads, dim = view.shape
+    shape = (batch + 2, rows + 2, heads + 2, dim + 8)
+    whole = view.as_strided(shape, torch.empty(shape, device="meta").stride(), 0).clone()
+    whole[1:-1, 1:-1, 1:-1, :dim] = float("nan")
+    assert whole.isnan().all(), "the kernel wrote outside its output"

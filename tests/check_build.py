@@ -1,0 +1,215 @@
+"""Build check: is every compiled kernel what its source means it to be?
+
+Reads ptxas's report of each instance (hopper_fa/build_log/*.log) and the SASS of the installed binary, prints
+one line a kernel, and exits 1 on spills, local memory, serialised WGMMA, an ignored setmaxnreg, or where
+tensor-core (HGMMA, QGMMA), TMA load (UTMALDG) or register-reallocation (USETMAXREG) instructions are missing.
+
+    python tests/check_build.py              # the installed package
+    python tests/check_build.py PACKAGE_DIR  # another folder that holds _C and build_log
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+KERNEL_NAME = "forward_kernel"  # part of the mangled name of every kernel that is checked
+
+# C7508: setmaxnreg ignored. C7510, C7514, C7517: WGMMA serialised. The texts catch their relatives.
+FATAL_WARNING = re.compile(r"\(C75(08|10|14|17)\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
+ENTRY = re.compile(r"Compiling entry function '(\w+)'")
+PROPERTIES_OF = re.compile(r"Function properties for (\w+)")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+
+SASS_FUNCTION = re.compile(r"^\s*Function : (\S+)")
+SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(\S*)(.*?);")
+COUNTED_OPCODES = {"HGMMA", "QGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL"}
+
+
+@dataclass
+class PtxasReport:
+    """What ptxas said of one kernel; bytes a thread, registers a thread at launch."""
+
+    registers: int = -1
+    stack: int = -1
+    spill_stores: int = -1
+    spill_loads: int = -1
+
+
+@dataclass
+class SassReport:
+    """What the SASS of one kernel holds: counts of COUNTED_OPCODES, and setmaxnreg's immediates."""
+
+    opcodes: Counter = field(default_factory=Counter)
+    setmaxnreg: set[int] = field(default_factory=set)
+
+
+def parse_compile_log(text: str) -> tuple[dict[str, PtxasReport], list[str]]:
+    """Reports by mangled kernel name, and the fatal warnings, of one translation unit."""
+    reports: dict[str, PtxasReport] = {}
+    warnings = []
+    entry = properties_of = ""
+    for line in text.splitlines():
+        if FATAL_WARNING.search(line):
+            warnings.append(line.strip())
+        if m := ENTRY.search(line):
+            entry = m[1]
+            reports[entry] = PtxasReport()
+        elif m := PROPERTIES_OF.search(line):
+            properties_of = m[1]
+        elif (m := STACK.search(line)) and properties_of in reports:
+            report = reports[properties_of]
+            report.stack, report.spill_stores, report.spill_loads = map(int, m.groups())
+        elif (m := REGISTERS.search(line)) and entry:
+            reports[entry].registers = int(m[1])
+    return reports, warnings
+
+
+def parse_sass(lines: Iterable[str]) -> dict[str, SassReport]:
+    """Reports by mangled function name, from the lines of `cuobjdump -sass`."""
+    functions: dict[str, SassReport] = {}
+    current = SassReport()
+    for line in lines:
+        if m := SASS_FUNCTION.match(line):
+            current = functions.setdefault(m[1], SassReport())
+        elif (m := SASS_INSTRUCTION.match(line)) and m[1] in COUNTED_OPCODES:
+            current.opcodes[m[1]] += 1
+            if m[1] == "USETMAXREG":
+                current.setmaxnreg.add(int(m[3].split()[-1], 0))
+    return functions
+
+
+def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict) -> list[str]:
+    """What is wrong with one kernel; `tile` is its row of hopper_fa._C.forward_tiles()."""
+    problems = []
+    if ptxas.registers < 0 or ptxas.stack < 0:
+        problems.append("no ptxas report")
+    if ptxas.spill_stores > 0 or ptxas.spill_loads > 0:
+        problems.append(f"spills: {ptxas.spill_stores} bytes stored, {ptxas.spill_loads} loaded")
+    if ptxas.stack > 0:
+        problems.append(f"local memory: {ptxas.stack} bytes of stack")
+    if accesses := sass.opcodes["LDL"] + sass.opcodes["STL"]:
+        problems.append(f"local memory: {accesses} LDL/STL")
+    if not sass.opcodes["HGMMA"] + sass.opcodes["QGMMA"]:
+        problems.append("no HGMMA or QGMMA")
+    if not sass.opcodes["UTMALDG"]:
+        problems.append("no UTMALDG")
+    wanted = {tile["producer_registers"], tile["consumer_registers"]} if tile["warp_specialised"] else set()
+    if not wanted <= sass.setmaxnreg:
+        problems.append(f"setmaxnreg: {sorted(sass.setmaxnreg)} in SASS, {sorted(wanted)} in the tile table")
+    return problems
+
+
+def search_locations(package: str) -> list[Path]:
+    """Folders an installed package is spread over; empty if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    return [Path(p) for p in (spec and spec.submodule_search_locations) or []]
+
+
+def find_binary(package_dir: Path | None) -> Path:
+    """The compiled module _C in a folder; None: in the installed package."""
+    folders = search_locations("hopper_fa") if package_dir is None else [package_dir]
+    for folder in folders:
+        for binary in folder.glob("_C.*.so"):
+            return binary
+    where = ", ".join(map(str, folders)) or "the installed packages"
+    raise FileNotFoundError(
+        f"no compiled module _C in {where}: run `pip install '.[test]'`, or name its folder."
+    )
+
+
+def find_cuobjdump() -> Path:
+    """cuobjdump (with nvdisasm beside it) of PyPI's packages, else of a toolkit on the machine."""
+    candidates = [hit for p in search_locations("nvidia") for hit in sorted(p.glob("cu1*/bin/cuobjdump"))]
+    candidates += [Path(hit) for hit in [shutil.which("cuobjdump")] if hit]
+    candidates += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "cuobjdump"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        "cuobjdump was not found: run `pip install '.[test]'`, or set CUDA_HOME to a CUDA toolkit."
+    )
+
+
+def disassemble(binary: Path) -> dict[str, SassReport]:
+    """SASS reports of every function in a binary."""
+    command = [str(find_cuobjdump()), "-sass", str(binary)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return parse_sass(done.stdout.splitlines())
+
+
+def load_compiled_module(binary: Path) -> ModuleType:
+    """hopper_fa._C without the package around it: the check needs no torch."""
+    spec = importlib.util.spec_from_file_location("hopper_fa._C", binary)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COLUMNS = "{:<32} {:>4} {:>10} {:>7} {:>5} {:>7} {:>6} {:>5}"
+
+
+def check(binary: Path) -> list[str]:
+    """Prints the table of kernels of a _C with build_log/ beside it; returns every problem found."""
+    compiled = load_compiled_module(binary)
+    tiles = {
+        f"forward_{dtype}_{tile['head_dim']}_{tile['variant']}": tile
+        for tile in compiled.forward_tiles()
+        for dtype in tile["dtypes"]
+    }
+    logs = {path.stem: path.read_text() for path in (binary.parent / "build_log").glob("*.log")}
+    sass = disassemble(binary)
+
+    problems = [] if tiles else ["the binary holds no kernel"]
+    problems += [f"{name}: in the binary, but without a compile log" for name in tiles if name not in logs]
+    problems += [f"{name}: compile log of a kernel not in the binary" for name in logs if name not in tiles]
+    print(f"{binary}: CUDA {compiled.cuda_version}, CUTLASS {compiled.cutlass_version}")
+    print(COLUMNS.format("kernel", "regs", "setmaxnreg", "smem", "GMMA", "UTMALDG", "spills", "stack"))
+    for name, tile in tiles.items():
+        reports, warnings = parse_compile_log(logs.get(name, ""))
+        problems += [f"{name}: {warning}" for warning in warnings]
+        kernels = [symbol for symbol in reports if KERNEL_NAME in symbol]
+        if name in logs and not kernels:
+            problems.append(f"{name}: no {KERNEL_NAME} in its compile log")
+        for symbol in kernels:
+            ptxas, code = reports[symbol], sass.get(symbol, SassReport())
+            problems += [f"{name}: {problem}" for problem in kernel_problems(ptxas, code, tile)]
+            setmaxnreg = "/".join(map(str, sorted(code.setmaxnreg))) or "-"
+            products = code.opcodes["HGMMA"] + code.opcodes["QGMMA"]
+            spills = ptxas.spill_stores + ptxas.spill_loads
+            loads, shared_memory = code.opcodes["UTMALDG"], tile["shared_memory"]
+            row = (name, ptxas.registers, setmaxnreg, shared_memory, products, loads, spills, ptxas.stack)
+            print(COLUMNS.format(*row))
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "package_dir",
+        nargs="?",
+        type=Path,
+        help="folder of _C and build_log; default: the installed hopper_fa",
+    )
+    options = parser.parse_args()
+    try:
+        problems = check(find_binary(options.package_dir))
+    except FileNotFoundError as error:
+        sys.exit(f"build check: {error}")
+    for problem in problems:
+        print(f"FAIL {problem}", file=sys.stderr)
+    print("build check: " + (f"{len(problems)} problems" if problems else "every kernel is in order"))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

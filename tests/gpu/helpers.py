@@ -1,0 +1,38 @@
+"""How the GPU tests run the kernel and judge it."""
+
+from cases import assert_accurate, assert_surroundings_nan, in_nan, nan_outputs
+from torch import Tensor
+
+from hopper_fa import kernels
+
+
+def run_poisoned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    variant: str = "default",
+) -> tuple[Tensor, Tensor]:
+    """The kernel on copies of q, k, v that lie in NaN, into outputs that are NaN and lie in NaN.
+
+    Raises AssertionError if anything outside the outputs was written.
+    """
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    out, lse = nan_outputs(q)
+    kernels.forward(in_nan(q), in_nan(k), in_nan(v), out, lse, scale, causal, variant)
+    assert_surroundings_nan(out)
+    return out, lse
+
+
+def assert_kernel_accurate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    variant: str = "default",
+) -> None:
+    """`run_poisoned` against float64 by `assert_accurate`."""
+    out, lse = run_poisoned(q, k, v, softmax_scale, causal, variant)
+    assert_accurate(out, lse, q, k, v, softmax_scale, causal)
