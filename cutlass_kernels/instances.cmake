@@ -18,4 +18,10 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|eager_rescale"
     "bf16|128|eager_rescale"
     "bf16|64|fma_exp2"
-    "bf16|64|early_pass")
+    "bf16|64|early_pass"
+    "e4m3|64|fp8"
+    "e4m3|128|fp8"
+    "e4m3|256|fp8"
+    "int8|64|fp8"
+    "int8|128|fp8"
+    "int8|256|fp8")

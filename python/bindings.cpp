@@ -13,6 +13,7 @@
 #include "common/tile_scheduler.h"
 #include "common/tile_table.h"
 #include "hopper_fa/forward.h"
+#include "hopper_fa/probe.h"
 
 namespace py = pybind11;
 using namespace hopper_fa;
@@ -45,11 +46,14 @@ py::dict tile_dict(int index) {
   d["overlap"] = t.overlap;
   d["fma_exp2_octets"] = t.fma_exp2_octets;
   d["rescale_threshold"] = t.rescale_threshold;
+  d["element_bytes"] = t.element_bytes;
+  d["pv_parts"] = t.pv_parts;
   d["shared_memory"] = forward_shared_memory(t);
   return d;
 }
 
-// Every tile-table row, with the dtypes this binary holds a kernel for ("bf16", "fp16"; empty: not built).
+// Every tile-table row, with the dtypes this binary holds a kernel for ("bf16", "fp16", "e4m3", "int8";
+// empty: not built).
 std::vector<py::dict> forward_tiles() {
   std::vector<py::dict> rows;
   for (int i = 0; i < kNumForwardTiles; ++i) {
@@ -57,6 +61,8 @@ std::vector<py::dict> forward_tiles() {
     std::vector<std::string> dtypes;
     if (has_forward(DType::kBF16, i)) dtypes.push_back("bf16");
     if (has_forward(DType::kFP16, i)) dtypes.push_back("fp16");
+    if (has_forward(DType::kE4M3, i)) dtypes.push_back("e4m3");
+    if (has_forward(DType::kInt8, i)) dtypes.push_back("int8");
     d["dtypes"] = dtypes;
     rows.push_back(d);
   }
@@ -76,6 +82,65 @@ std::vector<std::tuple<int, int, int>> tile_order(int batch, int heads_q, int q_
   return order;
 }
 
+ForwardParams forward_params(int dtype, int tile, std::uintptr_t q, int64_t q_batch, int64_t q_row,
+                             int64_t q_head, std::uintptr_t k, int64_t k_batch, int64_t k_row, int64_t k_head,
+                             std::uintptr_t v, int64_t v_batch, int64_t v_row, int64_t v_head,
+                             std::uintptr_t out, int64_t out_batch, int64_t out_row, int64_t out_head,
+                             std::uintptr_t lse, std::uintptr_t workspace, int batch, int seqlen_q,
+                             int seqlen_k, int heads_q, int heads_kv, int head_dim, float softmax_scale,
+                             bool causal) {
+  ForwardParams p{};
+  p.dtype = static_cast<DType>(dtype);
+  p.tile = tile;
+  p.q = tensor_ref(q, q_batch, q_row, q_head);
+  p.k = tensor_ref(k, k_batch, k_row, k_head);
+  p.v = tensor_ref(v, v_batch, v_row, v_head);
+  p.out = tensor_ref(out, out_batch, out_row, out_head);
+  p.lse = reinterpret_cast<float*>(lse);
+  p.workspace = reinterpret_cast<int*>(workspace);
+  p.batch = batch;
+  p.seqlen_q = seqlen_q;
+  p.seqlen_k = seqlen_k;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.head_dim = head_dim;
+  p.softmax_scale = softmax_scale;
+  p.causal = causal;
+  return p;
+}
+
+// Pointer, batch, head and group stride.
+using Scale = std::tuple<std::uintptr_t, int, int, int>;
+
+ScaleRef scale_ref(Scale const& s) {
+  return {reinterpret_cast<float const*>(std::get<0>(s)), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
+}
+
+// forward(..., stream) and forward_fp8(..., stream, out_dtype, q_scale, q_group_rows, k_scale, v_scale,
+// v_mean, lse_shift, p_offset), where ... are the arguments of forward_params. NOTE: positional and flat on
+// purpose: keyword arguments and structs cost microseconds a call.
+template <class... Args>
+void def_forward(py::module_& m, ForwardParams (*make)(Args...)) {
+  auto const run = [](ForwardParams const& p, std::uintptr_t stream) {
+    return static_cast<int>(run_forward(p, reinterpret_cast<CUstream_st*>(stream)));
+  };
+  m.def("forward", [=](Args... args, std::uintptr_t stream) { return run(make(args...), stream); });
+  m.def("forward_fp8", [=](Args... args, std::uintptr_t stream, int out_dtype, Scale const& q_scale,
+                           int q_group_rows, Scale const& k_scale, std::uintptr_t v_scale,
+                           std::uintptr_t v_mean, std::uintptr_t lse_shift, float p_offset) {
+    ForwardParams p = make(args...);
+    p.fp8.out_dtype = static_cast<DType>(out_dtype);
+    p.fp8.q_scale = scale_ref(q_scale);
+    p.fp8.k_scale = scale_ref(k_scale);
+    p.fp8.q_group_rows = q_group_rows;
+    p.fp8.v_scale = reinterpret_cast<float const*>(v_scale);
+    p.fp8.v_mean = reinterpret_cast<float const*>(v_mean);
+    p.fp8.lse_shift = reinterpret_cast<float const*>(lse_shift);
+    p.fp8.p_offset = p_offset;
+    return run(p, stream);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -83,8 +148,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = HOPPER_FA_CUDA_VERSION;
   m.attr("cutlass_version") = HOPPER_FA_CUTLASS_VERSION;
   m.attr("STATUS_OK") = static_cast<int>(Status::kOk);
-  m.attr("DTYPES") = py::dict(py::arg("bf16") = static_cast<int>(DType::kBF16),
-                              py::arg("fp16") = static_cast<int>(DType::kFP16));
+  m.attr("DTYPES") = py::dict(
+      py::arg("bf16") = static_cast<int>(DType::kBF16), py::arg("fp16") = static_cast<int>(DType::kFP16),
+      py::arg("e4m3") = static_cast<int>(DType::kE4M3), py::arg("int8") = static_cast<int>(DType::kInt8));
   m.attr("STATUS") = py::dict(py::arg("no_instance") = static_cast<int>(Status::kNoInstance),
                               py::arg("invalid_argument") = static_cast<int>(Status::kInvalidArgument),
                               py::arg("wrong_device") = static_cast<int>(Status::kWrongDevice),
@@ -97,31 +163,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("exp2_polynomial",
         [] { return std::vector<float>(std::begin(kExp2Polynomial), std::end(kExp2Polynomial)); });
 
-  // Positional and flat on purpose: keyword arguments and structs cost microseconds a call.
-  m.def("forward", [](int dtype, int tile, std::uintptr_t q, int64_t q_batch, int64_t q_row, int64_t q_head,
-                      std::uintptr_t k, int64_t k_batch, int64_t k_row, int64_t k_head, std::uintptr_t v,
-                      int64_t v_batch, int64_t v_row, int64_t v_head, std::uintptr_t out, int64_t out_batch,
-                      int64_t out_row, int64_t out_head, std::uintptr_t lse, std::uintptr_t workspace,
-                      int batch, int seqlen_q, int seqlen_k, int heads_q, int heads_kv, int head_dim,
-                      float softmax_scale, bool causal, std::uintptr_t stream) {
-    ForwardParams p;
-    p.dtype = static_cast<DType>(dtype);
-    p.tile = tile;
-    p.q = tensor_ref(q, q_batch, q_row, q_head);
-    p.k = tensor_ref(k, k_batch, k_row, k_head);
-    p.v = tensor_ref(v, v_batch, v_row, v_head);
-    p.out = tensor_ref(out, out_batch, out_row, out_head);
-    p.lse = reinterpret_cast<float*>(lse);
-    p.workspace = reinterpret_cast<int*>(workspace);
-    p.batch = batch;
-    p.seqlen_q = seqlen_q;
-    p.seqlen_k = seqlen_k;
-    p.heads_q = heads_q;
-    p.heads_kv = heads_kv;
-    p.head_dim = head_dim;
-    p.softmax_scale = softmax_scale;
-    p.causal = causal;
-    return static_cast<int>(run_forward(p, reinterpret_cast<CUstream_st*>(stream)));
+  def_forward(m, &forward_params);
+
+  m.def("accumulator_probe", [](std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, std::uintptr_t d,
+                                int problems, int k, std::uintptr_t stream) {
+    AccumulatorProbeParams const p{reinterpret_cast<void const*>(a),
+                                   reinterpret_cast<void const*>(b),
+                                   reinterpret_cast<float const*>(c),
+                                   reinterpret_cast<float*>(d),
+                                   problems,
+                                   k};
+    return static_cast<int>(run_accumulator_probe(p, reinterpret_cast<CUstream_st*>(stream)));
   });
 
   // Host-compiled kernel logic, for the tests and the emulator.

@@ -2,7 +2,7 @@
 
 Reads ptxas's report of each instance (hopper_fa/build_log/*.log) and the SASS of the installed binary, prints
 one line a kernel, and exits 1 on spills, local memory, serialised WGMMA, an ignored setmaxnreg, or where
-tensor-core (HGMMA, QGMMA), TMA load (UTMALDG) or register-reallocation (USETMAXREG) instructions are missing.
+tensor-core (HGMMA, QGMMA, IGMMA), TMA load (UTMALDG) or register-reallocation (USETMAXREG) instructions are missing.
 
     python tests/check_build.py              # the installed package
     python tests/check_build.py PACKAGE_DIR  # another folder that holds _C and build_log
@@ -23,8 +23,8 @@ from types import ModuleType
 
 KERNEL_NAME = "forward_kernel"  # part of the mangled name of every kernel that is checked
 
-# C7508: setmaxnreg ignored. C7510, C7514, C7517: WGMMA serialised. The texts catch their relatives.
-FATAL_WARNING = re.compile(r"\(C75(08|10|14|17)\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
+# C7508: setmaxnreg ignored. C7510, C7511, C7514, C7517: WGMMA serialised. The texts catch their relatives.
+FATAL_WARNING = re.compile(r"\(C75(08|10|11|14|17)\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 PROPERTIES_OF = re.compile(r"Function properties for (\w+)")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -32,7 +32,7 @@ REGISTERS = re.compile(r"Used (\d+) registers")
 
 SASS_FUNCTION = re.compile(r"^\s*Function : (\S+)")
 SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(\S*)(.*?);")
-COUNTED_OPCODES = {"HGMMA", "QGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL"}
+COUNTED_OPCODES = {"HGMMA", "QGMMA", "IGMMA", "UTMALDG", "USETMAXREG", "LDL", "STL"}
 
 
 @dataclass
@@ -88,8 +88,8 @@ def parse_sass(lines: Iterable[str]) -> dict[str, SassReport]:
     return functions
 
 
-def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict) -> list[str]:
-    """What is wrong with one kernel; `tile` is its row of hopper_fa._C.forward_tiles()."""
+def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict, dtype: str) -> list[str]:
+    """What is wrong with one kernel; `tile` is its row of hopper_fa._C.forward_tiles(), `dtype` that of Q."""
     problems = []
     if ptxas.registers < 0 or ptxas.stack < 0:
         problems.append("no ptxas report")
@@ -99,8 +99,8 @@ def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict) -> list[st
         problems.append(f"local memory: {ptxas.stack} bytes of stack")
     if accesses := sass.opcodes["LDL"] + sass.opcodes["STL"]:
         problems.append(f"local memory: {accesses} LDL/STL")
-    if not sass.opcodes["HGMMA"] + sass.opcodes["QGMMA"]:
-        problems.append("no HGMMA or QGMMA")
+    wanted_products = {"e4m3": ["QGMMA"], "int8": ["IGMMA", "QGMMA"]}.get(dtype, ["HGMMA"])
+    problems += [f"no {opcode}" for opcode in wanted_products if not sass.opcodes[opcode]]
     if not sass.opcodes["UTMALDG"]:
         problems.append("no UTMALDG")
     wanted = {tile["producer_registers"], tile["consumer_registers"]} if tile["warp_specialised"] else set()
@@ -166,7 +166,7 @@ def check(binary: Path) -> list[str]:
         for tile in compiled.forward_tiles()
         for dtype in tile["dtypes"]
     }
-    logs = {path.stem: path.read_text() for path in (binary.parent / "build_log").glob("*.log")}
+    logs = {path.stem: path.read_text() for path in (binary.parent / "build_log").glob("forward_*.log")}
     sass = disassemble(binary)
 
     problems = [] if tiles else ["the binary holds no kernel"]
@@ -182,9 +182,11 @@ def check(binary: Path) -> list[str]:
             problems.append(f"{name}: no {KERNEL_NAME} in its compile log")
         for symbol in kernels:
             ptxas, code = reports[symbol], sass.get(symbol, SassReport())
-            problems += [f"{name}: {problem}" for problem in kernel_problems(ptxas, code, tile)]
+            problems += [
+                f"{name}: {problem}" for problem in kernel_problems(ptxas, code, tile, name.split("_")[1])
+            ]
             setmaxnreg = "/".join(map(str, sorted(code.setmaxnreg))) or "-"
-            products = code.opcodes["HGMMA"] + code.opcodes["QGMMA"]
+            products = sum(code.opcodes[opcode] for opcode in ("HGMMA", "QGMMA", "IGMMA"))
             spills = ptxas.spill_stores + ptxas.spill_loads
             loads, shared_memory = code.opcodes["UTMALDG"], tile["shared_memory"]
             row = (name, ptxas.registers, setmaxnreg, shared_memory, products, loads, spills, ptxas.stack)

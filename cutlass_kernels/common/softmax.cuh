@@ -25,7 +25,32 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// P = exp2(scale[r] * S + bias[r]) in place, summed into row_sum if that is wanted.
 // kFmaOctets of every 8 column octets take exp2 on the FP32 pipe.
+template <int kFmaOctets, bool kSum, class Scores>
+__device__ __forceinline__ void exponentiate(Scores& s, float const (&scale)[2], float const (&bias)[2],
+                                             float (&row_sum)[2]) {
+  CUTE_UNROLL
+  for (int i = 0; i < decltype(cute::size(s))::value; ++i) {
+    int const r = (i >> 1) & 1;
+    float const x = fmaf(s(i), scale[r], bias[r]);
+    s(i) = (i >> 2) % 8 < kFmaOctets ? exp2_fma(x) : exp2_sfu(x);
+    if constexpr (kSum) row_sum[r] += s(i);
+  }
+}
+
+// Each row's maximum over the block and `start`, which is one value a row or -inf.
+template <class Scores>
+__device__ __forceinline__ void block_max(Scores const& s, float const (&start)[2], float (&result)[2]) {
+  // Four independent chains of maxima, so that none of them waits for its own latency.
+  float partial[4] = {start[0], start[0], start[1], start[1]};
+  CUTE_UNROLL
+  for (int i = 0; i < decltype(cute::size(s))::value; ++i) partial[i & 3] = max_nan(partial[i & 3], s(i));
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) result[r] = quad_max(max_nan(partial[2 * r], partial[2 * r + 1]));
+}
+
+// 16-bit inputs: one scale for all scores.
 template <int kFmaOctets>
 struct OnlineSoftmax {
   // The maximum that P is relative to; lags behind the true one by up to the threshold.
@@ -42,19 +67,13 @@ struct OnlineSoftmax {
   // lazy rescaling; exact after the final division).
   template <class Scores>
   __device__ __forceinline__ bool step(Scores& s, float (&alpha)[2]) {
-    constexpr int kSize = decltype(cute::size(s))::value;
-    // Four independent chains of maxima, so that none of them waits for its own latency.
-    float partial[4] = {row_max[0], row_max[0], row_max[1], row_max[1]};
-    CUTE_UNROLL
-    for (int i = 0; i < kSize; ++i) partial[i & 3] = max_nan(partial[i & 3], s(i));
     float new_max[2];
+    block_max(s, row_max, new_max);
     bool outgrown[2];
     CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      new_max[r] = quad_max(max_nan(partial[2 * r], partial[2 * r + 1]));
+    for (int r = 0; r < 2; ++r)
       outgrown[r] =
           !((new_max[r] - row_max[r]) * scale_log2 <= threshold);  // true for NaN and for -inf - -inf
-    }
     // NOTE: the vote only saves the branch. Whether a row is rescaled depends on that row alone, so no row's
     // bits depend on its neighbours, nor on keys that a causal mask hides from it.
     bool const rescale = __any_sync(~0u, outgrown[0] || outgrown[1]);
@@ -67,16 +86,11 @@ struct OnlineSoftmax {
         row_sum[r] *= alpha[r];
       }
     }
+    float const scale[2] = {scale_log2, scale_log2};
     float bias[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) bias[r] = row_max[r] == -INFINITY ? 0.f : -row_max[r] * scale_log2;
-    CUTE_UNROLL
-    for (int i = 0; i < kSize; ++i) {
-      int const r = (i >> 1) & 1;
-      float const x = fmaf(s(i), scale_log2, bias[r]);
-      s(i) = (i >> 2) % 8 < kFmaOctets ? exp2_fma(x) : exp2_sfu(x);
-      row_sum[r] += s(i);
-    }
+    exponentiate<kFmaOctets, true>(s, scale, bias, row_sum);
     return rescale;
   }
 
@@ -89,6 +103,48 @@ struct OnlineSoftmax {
       bool const empty = row_max[r] == -INFINITY;
       factor[r] = empty ? 0.f : 1.f / row_sum[r];
       lse[r] = empty ? -INFINITY : kLn2 * fmaf(row_max[r], scale_log2, log2f(row_sum[r]));
+    }
+  }
+};
+
+// 8-bit inputs: a factor for every row and one for every block of keys. The row sum is a column of the output
+// (V has a row of ones), so numerator and denominator hold the same rounded P.
+template <int kFmaOctets>
+struct QuantizedSoftmax {
+  float row_max[2] = {-INFINITY, -INFINITY};  // that P is relative to, in log2 units of scaled scores
+  float row_scale[2];                         // dequantisation of Q, times softmax_scale * log2(e)
+
+  // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out. The output so far must be
+  // multiplied by alpha before this P's product is added: in two-level accumulation that costs nothing, so
+  // the maximum is followed at once and P never exceeds 2^p_offset.
+  template <class Scores>
+  __device__ __forceinline__ void step(Scores& s, float block_scale, float p_offset, float (&alpha)[2]) {
+    float const none[2] = {-INFINITY, -INFINITY};
+    float unscaled[2], scale[2], bias[2];
+    block_max(s, none, unscaled);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      // NOTE: never 0, which would turn the mask's -inf into NaN.
+      scale[r] = max_nan(row_scale[r] * block_scale, 0x1p-149f);
+      float const new_max = max_nan(row_max[r], unscaled[r] * scale[r]);
+      bool const empty = new_max == -INFINITY;
+      alpha[r] = empty ? 0.f : exp2_sfu(row_max[r] - new_max);
+      bias[r] = empty ? 0.f : p_offset - new_max;
+      row_max[r] = new_max;
+    }
+    float unused[2];
+    exponentiate<kFmaOctets, false>(s, scale, bias, unused);
+  }
+
+  // row_sum: of the rounded P. As OnlineSoftmax::finish.
+  __device__ __forceinline__ void finish(float const (&row_sum)[2], float p_offset, float (&factor)[2],
+                                         float (&lse)[2]) const {
+    constexpr float kLn2 = 0.693147180559945309f;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      bool const empty = row_max[r] == -INFINITY;
+      factor[r] = empty ? 0.f : 1.f / row_sum[r];
+      lse[r] = empty ? -INFINITY : kLn2 * (row_max[r] - p_offset + log2f(row_sum[r]));
     }
   }
 };

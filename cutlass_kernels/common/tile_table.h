@@ -22,6 +22,10 @@ struct ForwardTile {
   bool overlap;             // QK of the next block is issued before PV of this one
   int fma_exp2_octets;      // of every 8 column octets, how many compute exp2 on the FP32 pipe
   float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
+  int element_bytes = 2;    // of Q, K and V
+  // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its columns
+  // one after the other, and is added to O in FP32. 0: P V accumulates in O itself.
+  int pv_parts = 0;
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -40,6 +44,10 @@ constexpr ForwardTile kForwardTiles[] = {
     {"eager_rescale", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, -1.0f},
     {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, -1.0f},
     {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
+    // 8-bit inputs. Not yet run on a GPU: built with the experiments only.
+    {"fp8", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1},
+    {"fp8", 128, 128, 128, 2, 10, 24, 240, PingPong::kAfterPV, true, 0, 0.0f, 1, 1},
+    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
@@ -56,9 +64,22 @@ constexpr int forward_tile_index(int head_dim, char const* variant) {
   return -1;
 }
 
-// Shared memory of a CTA in bytes: Q, the K/V ring, 1 KB to align them, barriers. 16-bit elements.
+// Rows of a V block as it lies in shared memory: keys, or for 8-bit V, which is transposed, channels and 8
+// rows of which the first is ones.
+constexpr int forward_v_rows(ForwardTile const& t) {
+  return t.element_bytes == 1 ? t.head_dim + 8 : t.block_n;
+}
+
+// Bytes of a slot of the K/V ring.
+constexpr int forward_slot_bytes(ForwardTile const& t) {
+  int const k = t.block_n * t.head_dim * t.element_bytes;
+  return t.element_bytes == 1 ? t.block_n * forward_v_rows(t) : k;
+}
+
+// Shared memory of a CTA in bytes: Q, the K/V ring, 1 KB to align them, barriers.
 constexpr int forward_shared_memory(ForwardTile const& t) {
-  return (t.q_stages * t.block_m + t.kv_stages * t.block_n) * t.head_dim * 2 + 1024 + 512;
+  return t.q_stages * t.block_m * t.head_dim * t.element_bytes + t.kv_stages * forward_slot_bytes(t) + 1024 +
+         512;
 }
 
 }  // namespace hopper_fa

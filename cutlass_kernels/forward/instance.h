@@ -12,7 +12,7 @@ template <DType kDType, int kTileIndex>
 Status launch_forward(ForwardParams const& params, int num_sms, cudaStream_t stream);
 
 namespace dtype_token {  // the names instances.cmake uses
-constexpr DType bf16 = DType::kBF16, fp16 = DType::kFP16;
+constexpr DType bf16 = DType::kBF16, fp16 = DType::kFP16, e4m3 = DType::kE4M3, int8 = DType::kInt8;
 }
 
 }  // namespace hopper_fa

@@ -9,12 +9,21 @@
 
 namespace hopper_fa {
 
-template <DType kDType>
-using ElementOf = std::conditional_t<kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
+// 8-bit V comes transposed: rows are channels, columns are keys in whole groups of 16.
+template <class Traits>
+Status encode_v_map(CUtensorMap& map, ForwardParams const& p) {
+  if constexpr (Traits::kFp8)
+    return encode_tensor_map(map, p.v, p.dtype,
+                             {ceil_div(p.seqlen_k, 16) * 16, Traits::kVRows, p.heads_kv, p.batch},
+                             Traits::kBlockN, Traits::kVBoxRows);
+  else
+    return encode_tensor_map(map, p.v, p.dtype, {p.head_dim, p.seqlen_k, p.heads_kv, p.batch},
+                             Traits::kSlabColumns, Traits::kBlockN);
+}
 
 template <DType kDType, int kTileIndex>
 Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) {
-  using Traits = ForwardTraits<ElementOf<kDType>, kTileIndex>;
+  using Traits = ForwardTraits<kDType, kTileIndex>;
   constexpr int kSharedBytes = forward_shared_memory(Traits::kTile);
 
   ForwardArguments args;
@@ -23,14 +32,13 @@ Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) 
   args.scheduler =
       make_tile_scheduler(p.batch, p.heads_q, group, p.seqlen_q, 64 * args.warpgroups,
                           int64_t(p.seqlen_k) * p.head_dim * 2 * sizeof(typename Traits::Element), p.causal);
-  Status status = encode_tensor_map(args.q, p.q, kDType, p.head_dim, p.seqlen_q, p.heads_q, p.batch, 64);
+  Status status = encode_tensor_map(args.q, p.q, kDType, {p.head_dim, p.seqlen_q, p.heads_q, p.batch},
+                                    Traits::kSlabColumns, 64);
   if (p.seqlen_k > 0) {  // without keys nothing is loaded, and TMA has no empty tensors
     if (status == Status::kOk)
-      status = encode_tensor_map(args.k, p.k, kDType, p.head_dim, p.seqlen_k, p.heads_kv, p.batch,
-                                 Traits::kBlockN);
-    if (status == Status::kOk)
-      status = encode_tensor_map(args.v, p.v, kDType, p.head_dim, p.seqlen_k, p.heads_kv, p.batch,
-                                 Traits::kBlockN);
+      status = encode_tensor_map(args.k, p.k, kDType, {p.head_dim, p.seqlen_k, p.heads_kv, p.batch},
+                                 Traits::kSlabColumns, Traits::kBlockN);
+    if (status == Status::kOk) status = encode_v_map<Traits>(args.v, p);
   }
   if (status != Status::kOk) return status;
   args.out = p.out.data;
@@ -49,6 +57,8 @@ Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) 
   args.scale_log2 = scale < 0 ? -scale : scale;
   args.negate_scores = scale < 0;
   args.causal = p.causal;
+  args.fp8 = p.fp8;
+  args.softmax_scale = p.softmax_scale;
 
   auto const kernel = forward_kernel<Traits>;
   // The shared-memory limit is a property of (kernel, device), set on the first call on each of the first 64

@@ -44,8 +44,8 @@ class Loader {
       EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
       if (elect_one_sync()) {
         FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]));
-        copy(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
-             TMA::CacheHintSm90::EVICT_FIRST);
+        copy_slabs(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
+                   TMA::CacheHintSm90::EVICT_FIRST);
       }
       __syncwarp();
     }
@@ -57,40 +57,66 @@ class Loader {
   // before, which may be the tile before's.
   __device__ __forceinline__ void load_turn(int turn) {
     Block const block = {first_.index - turn, first_.head, first_.batch};
-    load_block(args_.k, block);
+    load_k(block);
     if constexpr (Traits::kTile.overlap) {
-      if (v_.index >= 0) load_block(args_.v, v_);
+      if (v_.index >= 0) load_v(v_);
       v_ = block;
     } else {
-      load_block(args_.v, block);
+      load_v(block);
     }
   }
 
   // After the last tile: the V block that is still due.
   __device__ __forceinline__ void flush() {
-    if (v_.index >= 0) load_block(args_.v, v_);
+    if (v_.index >= 0) load_v(v_);
   }
 
  private:
-  __device__ __forceinline__ void load_block(CUtensorMap const& map, Block const& block) {
+  using Element = typename Traits::Element;
+
+  __device__ __forceinline__ void load_k(Block const& block) {
+    fill_slot(Traits::kBlockN * Traits::kHeadDim * sizeof(Element), [&](uint64_t& full, uint8_t* slot) {
+      copy_slabs(args_.k, full, reinterpret_cast<Element*>(slot), Traits::kBlockN,
+                 block.index * Traits::kBlockN, block.head, block.batch, TMA::CacheHintSm90::EVICT_LAST);
+    });
+  }
+
+  __device__ __forceinline__ void load_v(Block const& block) {
+    fill_slot(sizeof(shared_.kv[0]), [&](uint64_t& full, uint8_t* slot) {
+      if constexpr (Traits::kFp8) {  // rows of keys
+        CUTE_UNROLL
+        for (int row = 0; row < Traits::kVRows; row += Traits::kVBoxRows)
+          SM90_TMA_LOAD_4D::copy(&args_.v, &full, static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_LAST),
+                                 slot + row * Traits::kBlockN, block.index * Traits::kBlockN, row, block.head,
+                                 block.batch);
+      } else {
+        copy_slabs(args_.v, full, reinterpret_cast<Element*>(slot), Traits::kBlockN,
+                   block.index * Traits::kBlockN, block.head, block.batch, TMA::CacheHintSm90::EVICT_LAST);
+      }
+    });
+  }
+
+  // Has copy(barrier, slot) load `bytes` into the next slot of the ring once that is free.
+  template <class Copy>
+  __device__ __forceinline__ void fill_slot(uint32_t bytes, Copy copy) {
     uint64_t& full = shared_.kv_full[ring_.slot];
     EmptyBarrier::wait(&shared_.kv_empty[ring_.slot], ring_.phase);
     if (elect_one_sync()) {
-      FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.kv[0]));
-      copy(map, full, shared_.kv[ring_.slot], Traits::kBlockN, block.index * Traits::kBlockN, block.head,
-           block.batch, TMA::CacheHintSm90::EVICT_LAST);
+      FullBarrier::arrive_and_expect_tx(&full, bytes);
+      copy(full, shared_.kv[ring_.slot]);
     }
     __syncwarp();
     ring_.advance();
   }
 
-  __device__ __forceinline__ void copy(CUtensorMap const& map, uint64_t& barrier,
-                                       typename Traits::Element* smem, int rows, int row, int head, int batch,
-                                       TMA::CacheHintSm90 hint) {
+  __device__ __forceinline__ void copy_slabs(CUtensorMap const& map, uint64_t& barrier, Element* smem,
+                                             int rows, int row, int head, int batch,
+                                             TMA::CacheHintSm90 hint) {
     CUTE_UNROLL
     for (int slab = 0; slab < Traits::kSlabs; ++slab)
-      SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + slab * rows * 64, slab * 64,
-                             row, head, batch);
+      SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint),
+                             smem + slab * rows * Traits::kSlabColumns, slab * Traits::kSlabColumns, row,
+                             head, batch);
   }
 };
 

@@ -10,6 +10,7 @@
 #include "common/tile_scheduler.h"
 #include "common/tile_table.h"
 #include "common/wgmma.cuh"
+#include "hopper_fa/forward.h"
 
 namespace hopper_fa {
 
@@ -27,11 +28,40 @@ struct ForwardArguments {
   bool causal;
   int warpgroups;  // computing warpgroups in use; a tile has 64 rows for each
   TileScheduler scheduler;
+  Fp8Params fp8;        // 8-bit inputs only
+  float softmax_scale;  // 8-bit inputs only
 };
 
-template <class Element_, int kTileIndex>
+template <DType kDType>
+struct ElementOf;
+template <>
+struct ElementOf<DType::kBF16> {
+  using type = cutlass::bfloat16_t;
+};
+template <>
+struct ElementOf<DType::kFP16> {
+  using type = cutlass::half_t;
+};
+template <>
+struct ElementOf<DType::kE4M3> {
+  using type = cutlass::float_e4m3_t;
+};
+template <>
+struct ElementOf<DType::kInt8> {
+  using type = int8_t;
+};
+
+// Keys or columns of a swizzle atom that a block of `bytes` contiguous bytes a row is cut into.
+template <class Element, int kBytes>
+using KMajorAtom = std::conditional_t<kBytes % 128 == 0, GMMA::Layout_K_SW128_Atom<Element>,
+                                      GMMA::Layout_K_SW64_Atom<Element>>;
+
+template <DType kDType_, int kTileIndex>
 struct ForwardTraits {
-  using Element = Element_;
+  static constexpr DType kDType = kDType_;
+  static constexpr bool kFp8 = is_8bit(kDType);
+  using Element = typename ElementOf<kDType>::type;                           // of Q and K
+  using ElementV = std::conditional_t<kFp8, cutlass::float_e4m3_t, Element>;  // of V and P
   static constexpr ForwardTile kTile = kForwardTiles[kTileIndex];
   static constexpr int kHeadDim = kTile.head_dim;
   static constexpr int kBlockN = kTile.block_n;
@@ -40,31 +70,61 @@ struct ForwardTraits {
   static constexpr int kWarpgroups = kTile.block_m / 64;
   static constexpr bool kSpecialised = kTile.producer_registers > 0;
   static constexpr int kThreads = 128 * (kWarpgroups + (kSpecialised ? 1 : 0));
-  static constexpr int kSlabs = kHeadDim / 64;  // TMA boxes a block: 64 columns each
+  static constexpr bool kTwoLevel = kTile.pv_parts > 0;
 
+  static_assert(kTile.element_bytes == sizeof(Element));
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
-  static_assert(kStages >= 3);  // K of the next block, V of this one, and one to load
+  static_assert(kStages >= 3);             // K of the next block, V of this one, and one to load
+  static_assert(!kFp8 || kBlockN == 128);  // a row of transposed V is one swizzle atom wide
+  static_assert(kFp8 == kTwoLevel);
+  static_assert(!kTile.overlap || kTile.pv_parts <= 1);
 
-  // 64-column slabs of 128-byte rows, swizzled: what a TMA box writes and WGMMA reads.
-  using LayoutQ = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, Int<kHeadDim>>{}));
-  using LayoutK =
-      decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<Int<kBlockN>, Int<kHeadDim>>{}));
-  // The same bytes as LayoutK, seen as the transposed B operand (head dim, keys) of P V.
-  using LayoutVt = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
-                                          Shape<Int<kHeadDim>, Int<kBlockN>>{}, Step<_2, _1>{}));
+  // TMA boxes of Q and K: slabs of at most 128 bytes a row.
+  static constexpr int kSlabColumns = kHeadDim * sizeof(Element) < 128 ? kHeadDim : 128 / sizeof(Element);
+  static constexpr int kSlabs = kHeadDim / kSlabColumns;
+  // TMA boxes of V: as K, or for 8-bit V boxes of whole rows of at most 256.
+  static constexpr int kVRows = forward_v_rows(kTile);
+  static constexpr int kVBoxRows = kFp8 && kVRows > 256 ? kVRows / 3 : kVRows;
+  static_assert(kVRows % kVBoxRows == 0);
+
+  // Slabs of rows of 128 bytes (64 for 8-bit head dim 64), swizzled: what a TMA box writes and WGMMA reads.
+  using AtomQK = KMajorAtom<Element, kHeadDim * sizeof(Element)>;
+  using LayoutQ = decltype(tile_to_shape(AtomQK{}, Shape<_64, Int<kHeadDim>>{}));
+  using LayoutK = decltype(tile_to_shape(AtomQK{}, Shape<Int<kBlockN>, Int<kHeadDim>>{}));
 
   using MmaQK = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kBlockN>, Int<kHeadDim>>>()));
-  using MmaPV = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, Int<kBlockN>>, GMMA::Major::K,
-                           GMMA::Major::MN>()));
+      GMMA::ss_op_selector<Element, Element, std::conditional_t<kDType == DType::kInt8, int32_t, float>,
+                           Shape<_64, Int<kBlockN>, Int<kHeadDim>>>()));
 
-  // P as the A operand of P V, in registers: (MMA, 1, kBlockN / 16).
-  using LayoutP = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>;
+  // The B operand (head dim, keys) of P V. 16 bit: the same bytes as LayoutK, seen transposed. 8 bit: V is
+  // transposed in global memory, and the first of the 8 rows after the channels is ones, so that the row sum
+  // of P is one more column of the output.
+  static constexpr int kOutputColumns = kHeadDim + (kFp8 ? 8 : 0);
+  static constexpr int kParts = kTile.pv_parts > 1 ? kTile.pv_parts : 1;
+  template <int kPart>  // columns of O that one product makes: all, or a part
+  static constexpr int kPartColumns =
+      kHeadDim / kParts + (kPart == kParts - 1 ? kOutputColumns - kHeadDim : 0);
+  template <int kPart>
+  static constexpr auto layout_vt() {
+    if constexpr (kFp8)
+      return tile_to_shape(GMMA::Layout_K_SW128_Atom<ElementV>{},
+                           Shape<Int<kPartColumns<kPart>>, Int<kBlockN>>{});
+    else
+      return tile_to_shape(GMMA::Layout_MN_SW128_Atom<ElementV>{}, Shape<Int<kHeadDim>, Int<kBlockN>>{},
+                           Step<_2, _1>{});
+  }
+  template <int kPart>
+  using MmaPV = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<ElementV, ElementV, float, Shape<_64, Int<kPartColumns<kPart>>, Int<kBlockN>>,
+                           GMMA::Major::K, kFp8 ? GMMA::Major::K : GMMA::Major::MN>()));
+
+  // P as the A operand of P V, in registers: (MMA, 1, kBlockN / elements of 32 bytes).
+  using LayoutP = std::conditional_t<kFp8, Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>,
+                                     Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>>;
 
   struct SharedStorage {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];
-    alignas(1024) Element kv[kStages][kBlockN * kHeadDim];
+    alignas(1024) uint8_t kv[kStages][forward_slot_bytes(kTile)];
     uint64_t q_full[kQStages][kWarpgroups], q_empty[kQStages][kWarpgroups];
     uint64_t kv_full[kStages], kv_empty[kStages];
     TileQueueStorage tiles;

@@ -38,8 +38,11 @@ def test_reference_backend_is_the_reference(seed: int) -> None:
     q, k, v = small_qkv(seed)
     out, lse = flash_attn_func(q, k, v, softmax_scale=0.3, causal=True, return_lse=True, backend="reference")
     ref_out, ref_lse = attention_reference(q, k, v, 0.3, True)
-    assert torch.equal(out, ref_out.to(q.dtype)) and torch.equal(lse, ref_lse.float())
-    assert out.is_contiguous() and lse.shape == (2, 4, 40) and lse.dtype == torch.float32
+    # Not bit for bit: the CPU's matrix products may split their sums differently from one call to the next.
+    torch.testing.assert_close(out.double(), ref_out, rtol=torch.finfo(q.dtype).eps, atol=1e-6)
+    torch.testing.assert_close(lse, ref_lse.float(), rtol=1e-6, atol=1e-6)
+    assert out.is_contiguous() and out.dtype == q.dtype
+    assert lse.shape == (2, 4, 40) and lse.dtype == torch.float32
 
 
 def test_default_scale_and_single_return(seed: int) -> None:

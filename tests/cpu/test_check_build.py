@@ -23,10 +23,10 @@ SASS = f"""\
 """
 
 
-def problems_of(log: str = LOG, sass: str = SASS, tile: dict = TILE) -> str:
+def problems_of(log: str = LOG, sass: str = SASS, tile: dict = TILE, dtype: str = "bf16") -> str:
     reports, warnings = parse_compile_log(log)
     code = parse_sass(sass.splitlines()).get(SYMBOL, SassReport())
-    return "; ".join(warnings + kernel_problems(reports[SYMBOL], code, tile))
+    return "; ".join(warnings + kernel_problems(reports[SYMBOL], code, tile, dtype))
 
 
 def without(opcode: str) -> str:
@@ -67,7 +67,10 @@ def test_fatal_warning(warning: str) -> None:
 
 
 def test_missing_instructions() -> None:
-    assert problems_of(sass=without("HGMMA")) == "no HGMMA or QGMMA"
+    assert problems_of(sass=without("HGMMA")) == "no HGMMA"
+    assert problems_of(dtype="e4m3") == "no QGMMA"
+    assert problems_of(sass=SASS.replace("HGMMA", "QGMMA"), dtype="e4m3") == ""
+    assert problems_of(sass=SASS.replace("HGMMA", "QGMMA"), dtype="int8") == "no IGMMA"
     assert problems_of(sass=without("UTMALDG")) == "no UTMALDG"
     assert "setmaxnreg: [240] in SASS, [24, 240] in the tile table" in problems_of(sass=without("DEALLOC"))
 

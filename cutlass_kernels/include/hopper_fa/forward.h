@@ -9,6 +9,27 @@ namespace hopper_fa {
 
 constexpr int kForwardWorkspaceInts = 2;
 
+// Dequantisation factors of one tensor: group g of head h of batch entry b at data[b * batch_stride + h *
+// head_stride + g * group_stride]. A stride of 0 shares factors. Fewer than 2^31 of them.
+struct ScaleRef {
+  float const* data;
+  int batch_stride, head_stride, group_stride;
+};
+
+// What 8-bit inputs need besides. Then v of ForwardParams is V transposed, (batch, heads_kv, tile's head dim
+// + 8, keys), keys contiguous, permuted in groups of 16, a row of ones after the channels
+// (hopper_fa/quantization.py, QuantizedQKV): its row_stride is that of channels.
+struct Fp8Params {
+  DType out_dtype;   // kBF16 or kFP16
+  ScaleRef q_scale;  // groups of q_group_rows rows
+  ScaleRef k_scale;  // groups of the tile's block_n keys
+  int q_group_rows;
+  float const* v_scale;    // (batch, heads_kv, head_dim), contiguous
+  float const* v_mean;     // the same: added to the output
+  float const* lse_shift;  // (batch, heads_q, seqlen_q), or null: what smoothing K took out of every score
+  float p_offset;          // P = exp2(score - maximum + p_offset)
+};
+
 struct ForwardParams {
   DType dtype;
   int tile;        // row of kForwardTiles (common/tile_table.h) that the call runs on
@@ -20,11 +41,12 @@ struct ForwardParams {
                    // use it
   int batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim;
   float softmax_scale;
-  bool causal;  // bottom-right aligned
+  bool causal;    // bottom-right aligned
+  Fp8Params fp8;  // read only for 8-bit dtypes
 };
 
-// Needs 16-byte aligned pointers and strides, head_dim a multiple of 8 and at most the tile's, on the current
-// device.
+// Needs 16-byte aligned pointers and strides, head_dim a multiple of 8 (of 16 for the rows of 8-bit Q and K)
+// and at most the tile's, on the current device.
 Status run_forward(ForwardParams const& params, CUstream_st* stream);
 
 // Whether this binary holds the kernel for (dtype, row of kForwardTiles).

@@ -5,7 +5,10 @@
 
 namespace hopper_fa {
 
-enum class DType : int { kBF16 = 0, kFP16 = 1 };
+// kE4M3 and kInt8 name the type of Q and K; V and P are e4m3 in both.
+enum class DType : int { kBF16 = 0, kFP16 = 1, kE4M3 = 2, kInt8 = 3 };
+
+constexpr bool is_8bit(DType dtype) { return dtype == DType::kE4M3 || dtype == DType::kInt8; }
 
 // Why a call did not launch. kOk means the kernel is in the stream, not that it has finished.
 enum class Status : int {
