@@ -2,7 +2,8 @@
 
 Reads ptxas's report of each instance (hopper_fa/build_log/*.log) and the SASS of the installed binary, prints
 one line a kernel, and exits 1 on spills, local memory, serialised WGMMA, an ignored setmaxnreg, or where
-tensor-core (HGMMA, QGMMA, IGMMA), TMA load (UTMALDG) or register-reallocation (USETMAXREG) instructions are missing.
+tensor-core (HGMMA, QGMMA, IGMMA), TMA load (UTMALDG) or register-reallocation (USETMAXREG) instructions are
+missing.
 
     python tests/check_build.py              # the installed package
     python tests/check_build.py PACKAGE_DIR  # another folder that holds _C and build_log
