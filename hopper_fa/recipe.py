@@ -73,8 +73,9 @@ class Fp8Recipe:
                 f"accumulation is {self.accumulation!r}; it must be a number of key blocks, or 0 for never; "
                 "pass an int that is not negative."
             )
-        if not self.rescale_threshold >= 0:
-            raise ValueError(f"rescale_threshold is {self.rescale_threshold}; it must not be negative.")
+        for name in ("p_offset", "rescale_threshold"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0; raise it.")
         if not self.p_offset + self.rescale_threshold <= math.log2(E4M3_MAX):
             raise ValueError(
                 f"p_offset {self.p_offset} and rescale_threshold {self.rescale_threshold} let P reach "
