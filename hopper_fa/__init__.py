@@ -4,6 +4,7 @@ from hopper_fa.attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
+    flash_attn_quantized_func,
     merge_attention,
 )
 from hopper_fa.info import __version__, build_info
@@ -22,6 +23,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_quantized_func",
     "merge_attention",
     "quantize_qkv",
 ]

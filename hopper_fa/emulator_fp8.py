@@ -11,6 +11,7 @@ import torch
 from hopper_fa.emulator import heads_by_kv, key_blocks, positive_log2_scale, rescale
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import E4M3_MAX, K_BLOCK
+from hopper_fa.reference import attention_reference
 from hopper_fa.tensor_core import HOPPER, Accumulator
 
 ACCUMULATORS = ("auto", "tensor_core", "fp32")
@@ -123,6 +124,25 @@ def attention_fp8_emulated(
         lse = lse + scale * qkv.lse_shift
     lse = lse.masked_fill(empty, float("-inf"))
     return out.transpose(1, 2).to(out_dtype).contiguous(), lse.contiguous()
+
+
+def attention_dequantized(
+    qkv: QuantizedQKV, softmax_scale: float | None = None, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Textbook attention in float64 of the dequantised tensors: what is left is the kernel's own error.
+
+    Args, and returns in float64: as `attention_reference`.
+    """
+    q, k, v = (t.double() for t in qkv.dequantize())
+    scale = qkv.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if qkv.key_bias is not None:
+        # One more channel adds it to the scores; it differs between query heads, so K does too.
+        group = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        q = torch.cat((q, torch.ones_like(q[..., :1])), -1)
+        k = torch.cat((k, qkv.key_bias.transpose(1, 2)[..., None]), -1)
+    out, lse = attention_reference(q, k, v, scale, causal)
+    return out, lse if qkv.lse_shift is None else lse + scale * qkv.lse_shift.double()
 
 
 def _accumulators(

@@ -39,7 +39,8 @@ class QuantizedQKV:
         q_scale: (batch, heads_q, q_groups) float32; row r of Q is q * q_scale[..., r // q_group_rows].
         k_scale: (batch, heads_kv, k_groups) float32, the same for keys and k_group_rows.
         v_scale: (batch, heads_kv, head_dim) float32, multiplies V and so the output.
-        v_mean: as v_scale, to be added to the output; None without smooth_v.
+        v_mean: as v_scale, to be added to the output: V's mean (smooth_v) and that of V's rounding error
+            (compensate_v); None without both.
         lse_shift: (batch, heads_q, seqlen_q) float32, q . mean(k): what smooth_k took out of every score of
             a row, before softmax_scale; None without smooth_k.
         key_bias: (batch, heads_q, seqlen_k) float32, mean(q) . (k - mean(k)): what smooth_q took out of the
@@ -87,7 +88,7 @@ class QuantizedQKV:
         """q, k, v as attention sees them: (batch, seqlen, heads, head_dim) float32.
 
         q and k are still rotated and without their means, so the scores of the original tensors are
-        q . k + key_bias + lse_shift. v has its mean.
+        q . k + key_bias + lse_shift. v includes v_mean.
         """
         q = self.q[..., : self.head_dim].float() * self.q_scale_of_rows().transpose(1, 2)[..., None]
         k = self.k[..., : self.head_dim].float() * self.k_scale_of_keys().transpose(1, 2)[..., None]
@@ -95,6 +96,7 @@ class QuantizedQKV:
         return q, k, v if self.v_mean is None else v + self.v_mean[:, None]
 
 
+@torch.no_grad()
 def quantize_qkv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
 ) -> QuantizedQKV:
@@ -123,31 +125,33 @@ def quantize_qkv(
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     heads_kv, head_dim = k.shape[2:]
     group = q.shape[2] // heads_kv
-    with torch.no_grad():
-        # (batch, heads, seqlen, head_dim) float32 from here on.
-        q32, k32, v32 = (t.transpose(1, 2).float() for t in (q, k, v))
+    # (batch, heads, seqlen, head_dim) float32 from here on.
+    q32, k32, v32 = (t.transpose(1, 2).float() for t in (q, k, v))
 
-        lse_shift = key_bias = v_mean = None
-        if recipe.smooth_k:
-            k_mean = _token_mean(k32)
-            lse_shift = _dot(q32, k_mean.repeat_interleave(group, 1)[:, :, None])
-            k32 = k32 - k_mean[:, :, None]
-        if recipe.smooth_q:
-            q_mean = _token_mean(q32)
-            key_bias = _dot(k32.repeat_interleave(group, 1), q_mean[:, :, None])
-            q32 = q32 - q_mean[:, :, None]
-        if recipe.smooth_v:
-            v_mean = _token_mean(v32)
-            v32 = v32 - v_mean[:, :, None]
-        if recipe.rotation == "hadamard":
-            signs = rotation_signs(head_dim, recipe.rotation_seed).to(q.device)
-            q32, k32 = rotate(q32, signs), rotate(k32, signs)
+    lse_shift = key_bias = v_mean = None
+    if recipe.smooth_k:
+        k_mean = _token_mean(k32)
+        lse_shift = _dot(q32, k_mean.repeat_interleave(group, 1)[:, :, None])
+        k32 = k32 - k_mean[:, :, None]
+    if recipe.smooth_q:
+        q_mean = _token_mean(q32)
+        key_bias = _dot(k32.repeat_interleave(group, 1), q_mean[:, :, None])
+        q32 = q32 - q_mean[:, :, None]
+    if recipe.smooth_v:
+        v_mean = _token_mean(v32)
+        v32 = v32 - v_mean[:, :, None]
+    if recipe.rotation == "hadamard":
+        signs = rotation_signs(head_dim, recipe.rotation_seed).to(q.device)
+        q32, k32 = rotate(q32, signs), rotate(k32, signs)
 
-        limit = INT8_MAX if recipe.qk_dtype == "int8" else E4M3_MAX
-        q_codes, q_scale = _quantize_rows(q32, recipe.q_granularity, Q_BLOCK, limit, group)
-        k_codes, k_scale = _quantize_rows(k32, recipe.k_granularity, K_BLOCK, limit)
-        v_scale, v_inverse = _v_scale(v32, recipe.v_granularity)
-        v_codes = _to_e4m3(v32 * v_inverse[:, :, None])
+    limit = INT8_MAX if recipe.qk_dtype == "int8" else E4M3_MAX
+    q_codes, q_scale = _quantize_rows(q32, recipe.q_granularity, Q_BLOCK, limit, group)
+    k_codes, k_scale = _quantize_rows(k32, recipe.k_granularity, K_BLOCK, limit)
+    v_scale, v_inverse = _v_scale(v32, recipe.v_granularity)
+    v_codes = _to_e4m3(v32 * v_inverse[:, :, None])
+    if recipe.compensate_v:
+        error = _token_mean(v32 - v_codes.float() * v_scale[:, :, None])
+        v_mean = error if v_mean is None else v_mean + error
     return QuantizedQKV(
         q=_pad_channels(q_codes.transpose(1, 2)),
         k=_pad_channels(k_codes.transpose(1, 2)),
@@ -165,6 +169,7 @@ def quantize_qkv(
     )
 
 
+@torch.no_grad()
 def from_fp8(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -190,7 +195,7 @@ def from_fp8(
     fa3 = Fp8Recipe.fa3()
     recipe = fa3 if recipe is None else recipe
     fixed = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
-    fixed += ("smooth_q", "smooth_k", "smooth_v")
+    fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v")
     for name in fixed:
         if getattr(recipe, name) != getattr(fa3, name):
             raise ValueError(
@@ -207,7 +212,7 @@ def from_fp8(
             scales.append(torch.ones(batch, heads_kv, device=q.device))
         else:
             check_descale(name, descale, k)
-            scales.append(descale.detach())
+            scales.append(descale)
     q_scale, k_scale, v_scale = (scale[..., None] for scale in scales)
     return QuantizedQKV(
         q=_pad_channels(q),

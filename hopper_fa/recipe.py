@@ -1,7 +1,7 @@
 """What FP8 attention does to its inputs and sums, as one object."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
 K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
@@ -36,6 +36,8 @@ class Fp8Recipe:
         smooth_q: subtract Q's mean over the rows of a head. What that takes out of the scores, a number a
             key, is added to them in float32.
         smooth_v: subtract V's mean over the keys of a head, and add it to the output. Exact.
+        compensate_v: add the mean over the keys of V's rounding error to the output, channel by channel. The
+            wider the attention of a row, the more of what rounding V did to it that undoes.
         p_offset: P is exp2(score - maximum + p_offset): the higher, the fewer small P become 0.
         rescale_threshold: growth of the row maximum, in log2, that the output is not yet rescaled for; 0
             rescales at every growth. p_offset + rescale_threshold must not exceed log2(448) = 8.807.
@@ -58,6 +60,7 @@ class Fp8Recipe:
     smooth_k: bool = False
     smooth_q: bool = False
     smooth_v: bool = False
+    compensate_v: bool = False
     p_offset: float = 8.0
     rescale_threshold: float = 0.0
     accumulation: int = 1
@@ -90,8 +93,8 @@ class Fp8Recipe:
             q_granularity, k_granularity: a scale over a tensor, group, head or block is the largest element
                 of later tokens too; only "token" is a token's own.
             v_granularity: every scale runs over all keys; only "none" does not.
-            smooth_k, smooth_q, smooth_v: means over all tokens. Smoothing is exact, but what is left to round
-                changes.
+            smooth_k, smooth_q, smooth_v, compensate_v: means over all tokens. Smoothing is exact, but what is
+                left to round changes.
             rotation, p_offset, rescale_threshold, accumulation, row_sum: never. A hidden key has P = 0, which
                 adds an exact 0 to every sum.
         What leaks is the size of rounding errors, and nothing where they are 0. NaN in V is the exception in
@@ -104,17 +107,22 @@ class Fp8Recipe:
             or self.smooth_k
             or self.smooth_q
             or self.smooth_v
+            or self.compensate_v
         )
 
     @classmethod
     def default(cls) -> "Fp8Recipe":
-        """e4m3 with a scale a block of Q and K and a channel of V; rotation, smoothed K and V, two levels."""
-        return cls(rotation="hadamard", smooth_k=True, smooth_v=True)
+        """int8 Q and K with a scale a block, e4m3 V with one a channel, rotation, smoothing, two levels.
+
+        int8, because e4m3 Q and K alone exceed the error this preset allows itself on outliers
+        (docs/notes/fp8_log.md).
+        """
+        return cls(qk_dtype="int8", rotation="hadamard", smooth_k=True, smooth_v=True, compensate_v=True)
 
     @classmethod
     def accurate(cls) -> "Fp8Recipe":
-        """`default` with Q and K in int8 and a scale for each row of Q: smaller errors in the scores."""
-        return cls(qk_dtype="int8", q_granularity="token", rotation="hadamard", smooth_k=True, smooth_v=True)
+        """`default` with a scale for each row of Q."""
+        return replace(cls.default(), q_granularity="token")
 
     @classmethod
     def causal_safe(cls) -> "Fp8Recipe":

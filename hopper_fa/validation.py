@@ -27,6 +27,16 @@ def check_forward(
     check_memory("q", q)
     check_memory("k", k)
     check_memory("v", v)
+    check_softmax(softmax_scale, causal)
+
+
+def check_softmax(softmax_scale: float | None, causal: bool) -> None:
+    """The arguments of an attention call that are no tensors.
+
+    Raises:
+        TypeError: causal is no bool.
+        ValueError: a scale the kernels do not take.
+    """
     if softmax_scale is not None and not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
         raise ValueError(
             f"softmax_scale is {softmax_scale}; it must be from -2**64 to 2**64; pass another or None."
@@ -119,6 +129,14 @@ def check_descale(name: str, descale: torch.Tensor, k: torch.Tensor) -> None:
         raise ValueError(
             f"{name} is {descale.dtype} of shape {tuple(descale.shape)} on {descale.device}; it must be "
             f"torch.float32 of shape (batch, heads_kv) = {shape} on {k.device}; expand or move it."
+        )
+
+
+def check_out_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError if attention over quantised tensors cannot return `dtype`."""
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(
+            f"out_dtype is {dtype}; it must be torch.bfloat16 or torch.float16; convert the output itself."
         )
 
 
