@@ -16,6 +16,7 @@ def error_metrics(x: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
         relative_l1, relative_l2: norm of x - ref over the norm of ref (0 if both are 0, inf if only ref is).
         cosine: cosine of the angle between x and ref as vectors (1 if both are 0).
         signed_bias: mean of (x - ref) * sign(ref): negative where x is on the whole too small in magnitude.
+        relative_bias: signed_bias over the mean of |ref|.
         row_median, row_p99: median and 99th percentile, over rows of the last dimension, of the row's
             relative_l2.
 
@@ -34,6 +35,7 @@ def error_metrics(x: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
         "relative_l2",
         "cosine",
         "signed_bias",
+        "relative_bias",
         "row_median",
         "row_p99",
     )
@@ -47,13 +49,15 @@ def error_metrics(x: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
         else _ratio(diff.abs(), ref.abs())[None]
     )
     norms = x.norm() * ref.norm()
+    bias = (diff * ref.sign()).mean()
     values = (
         diff.abs().max(),
         diff.square().mean().sqrt(),
         _ratio(diff.abs().sum(), ref.abs().sum()),
         _ratio(diff.norm(), ref.norm()),
         (x * ref).sum() / norms if norms > 0 else (x.norm() == ref.norm()).double(),
-        (diff * ref.sign()).mean(),
+        bias,
+        _ratio(bias, ref.abs().mean()),
         rows.median(),
         # kthvalue, because torch.quantile refuses more than 2**24 values.
         rows.kthvalue(max(1, -(-99 * rows.numel() // 100))).values,

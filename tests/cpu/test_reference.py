@@ -55,6 +55,7 @@ def test_error_metrics_by_hand() -> None:
             "relative_l2": math.sqrt(5 / 29),
             "cosine": 29 / math.sqrt(34 * 29),
             "signed_bias": (-1 + 2) / 6,
+            "relative_bias": (-1 + 2) / 9,
             "row_median": 0.2,  # of 0.2, 1 and 0
             "row_p99": 1.0,
         }
