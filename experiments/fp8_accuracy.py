@@ -1,13 +1,13 @@
 """What FP8 attention loses, recipe by recipe: eight experiments, beside published values and targets.
 
-    python experiments/fp8_accuracy.py --quick                      # all of them, small: about 2 minutes on 2 cores
+    python experiments/fp8_accuracy.py --quick    # all, small: about 2 minutes on 2 cores
     python experiments/fp8_accuracy.py --experiments e1 e4 --heads 16 --queries 8192
     python experiments/fp8_accuracy.py --report experiments/results/fp8_accuracy
 
-Runs on the FP8 kernel where there is a Hopper GPU and the build holds it, else on the emulator (on a GPU the
-emulator is fast too). Writes a JSON file an experiment into the folder --out. --report draws report.md and the
-plots from such a folder, and needs nothing else. Experiments: see EXPERIMENTS below; research they follow is
-named in each.
+Runs on the FP8 kernel where there is a Hopper GPU and the build holds it, else on the emulator (which on a
+GPU is fast too). Writes a JSON file an experiment into the folder --out. --report draws report.md and the
+plots from such a folder, and needs nothing else. What each experiment is, and after whom: fp8_studies.py and
+fp8_stability.py.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def facts(device: str) -> dict[str, object]:
 
 
 def run(name: str, sizes: Sizes, out: Path, seconds: float) -> dict:
-    """One experiment into out/name.json; no row is begun after `seconds`, and "complete" says if any is missing."""
+    """One experiment into out/name.json. No row begins after `seconds`; "complete" says if any is missing."""
     start = time.monotonic()
     result = {
         "experiment": f"fp8_accuracy {name}",
@@ -88,19 +88,22 @@ def run(name: str, sizes: Sizes, out: Path, seconds: float) -> dict:
             result["rows"].append(row)
             now = time.monotonic()
             error = f"relative L2 {row['relative_l2']:.2e}"
-            print(f"{name} {len(result['rows']):>4} {now - start:>5.0f} s  {describe(row)}: {error}", flush=True)
+            print(
+                f"{name} {len(result['rows']):>4} {now - start:>5.0f} s  {describe(row)}: {error}", flush=True
+            )
             if now - saved > 10:
-                results.save(result, out / name)
+                results.save(result, out / name, with_csv=False)
                 saved = now
     result["seconds"] = round(time.monotonic() - start, 1)
-    results.save(result, out / name)
+    results.save(result, out / name, with_csv=False)
     return result
 
 
 def describe(row: Row) -> str:
     """What a row varies, as text."""
     names = (
-        "inputs", "keys", "v_mean", "ties", "excess", "seen", "precision", "grid", "qk", "variant", "block", "place",
+        "inputs", "keys", "v_mean", "ties", "excess", "seen", "precision", "grid", "qk", "variant", "block",
+        "place",
     )  # fmt: skip
     return ", ".join(f"{name} {row[name]}" for name in names if row.get(name) not in (None, ""))
 
@@ -117,7 +120,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--short", type=int, help="keys of e2, e3 and e5")
     parser.add_argument("--long", type=int, nargs="+", help="lengths of e4")
     parser.add_argument("--seed", type=int, default=0, help="of the first head")
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="begin nothing new after it")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=float("inf"), help="begin nothing new after it"
+    )
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="draw the report of earlier results")
     return parser.parse_args(arguments)
 

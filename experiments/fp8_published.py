@@ -1,13 +1,13 @@
 """Published and measured figures that the FP8 accuracy report sets beside ours, with their sources.
 
-FA3: Shah et al., "FlashAttention-3", arXiv 2407.08608, Table 3. It names neither N, d nor seeds; N = 8192, d =
-128 and a softmax scale of 1 / sqrt(d) give all seven figures.
+FA3: Shah et al., "FlashAttention-3", arXiv 2407.08608, Table 3. It names neither N, d nor seeds; N = 8192,
+d = 128 and a softmax scale of 1 / sqrt(d) give all seven figures.
 SAGE1, SAGE2: Zhang et al., "SageAttention", arXiv 2410.02367, Table 2 (mean over the layers of Llama2-7B and
-Unidiffuser), and "SageAttention2", arXiv 2411.10958, Tables 4, 6, 7, 10 (CogVideoX). Other data than ours: only
-the order of the rows can be compared.
-H200: the peers' own kernels on an H200 against the same reference and inputs as ours (16 heads in E1, 1024 rows
-of 2 heads in E4): FlashAttention-3 (PyPI tokenspeed-fa3 3.0.0), vLLM's fork of it with two-level accumulation
-(vllm 0.33.0), cuDNN 9.19, SageAttention 2.2.
+Unidiffuser), and "SageAttention2", arXiv 2411.10958, Tables 4, 6, 7, 10 (CogVideoX). Other data than ours:
+only the order of the rows can be compared.
+H200: the peers' own kernels on an H200 against the same reference and inputs as ours (16 heads in E1, 1024
+rows of 2 heads in E4): FlashAttention-3 (PyPI tokenspeed-fa3 3.0.0), vLLM's fork of it with two-level
+accumulation (vllm 0.33.0), cuDNN 9.19, SageAttention 2.2.
 P_CAST: "P-Cast", arXiv 2606.06521, abstract: the share of P that rounds to 0 after an attention sink.
 """
 

@@ -53,8 +53,8 @@ def flash_in(
 
     Args:
         q, k, v: (1, seqlen, heads, d) float32.
-        spread_maxima: where several scores of a block's row are at its maximum, subtract twice the maximum, or
-            0 if it is negative, so that no P is exactly 1. Source: arXiv 2510.04212.
+        spread_maxima: where several scores of a block's row are at its maximum, subtract twice that, or 0
+            if it is negative, so that no P is exactly 1. Source: arXiv 2510.04212.
     """
     operand, other, p_scale = PRECISIONS[precision]
     q, k, v = (_scaled(operand, t).transpose(1, 2) for t in (q, k, v))
@@ -85,7 +85,7 @@ def _scaled(operand: Round, x: torch.Tensor) -> torch.Tensor:
 
 
 def e8(sizes: Sizes) -> Iterator[Row]:
-    """Flash against standard attention by precision, over the length at blocks of 128 keys, and over the block.
+    """Flash against standard attention by precision, over the length at blocks of 128 keys, and by block.
 
     After Golden et al., "Is Flash Attention Stable?", arXiv 2405.02803: the largest deviation of an element.
     The inputs are BF16 numbers, so that BF16, FP16 and FP32 see the same.
@@ -131,7 +131,7 @@ def e9(sizes: Sizes) -> Iterator[Row]:
         for ties in (1, 2, 4, 8, 16, 32, 64):
             seed = sizes.seed + head
             q, k, v = study_inputs("normal", 64, 1024, device=sizes.device, seed=seed)
-            # The first keys are one vector, along which every query lies: their scores are 8 above the others'.
+            # The first keys are one vector, along which every query lies: their scores are 8 above the rest.
             k[:, :ties] = k[:, :1]
             along = k[:, :1] / k[:, :1].norm(dim=-1, keepdim=True)
             q += along * (8.0 * q.shape[-1] ** 0.5 / k[:, :1].norm(dim=-1, keepdim=True))
@@ -205,4 +205,3 @@ def e11(sizes: Sizes) -> Iterator[Row]:
                     "relative_l2": diff["relative_l2"],
                     "error_relative_l2": error_metrics(alone, ref)["relative_l2"],
                 }
-

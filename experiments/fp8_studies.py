@@ -1,4 +1,4 @@
-"""The experiments of fp8_accuracy.py, each a generator of rows. Sizes come from `Sizes`; head dim 128, full mask.
+"""The experiments of fp8_accuracy.py, each a generator of rows. Sizes: `Sizes`; head dim 128, full mask.
 
 A row has the inputs' sizes and seed, a `variant` (what was varied), what ran it, and the errors of the output
 against float64 attention of the unrounded inputs. The generators go through all variants of a seed before the
@@ -47,7 +47,9 @@ class Sizes:
 class Problem:
     """Inputs of one head with their float64 attention."""
 
-    def __init__(self, sizes: Sizes, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: object) -> None:
+    def __init__(
+        self, sizes: Sizes, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **facts: object
+    ) -> None:
         self.q, self.k, self.v = (t.bfloat16() for t in (q, k, v))
         self.exact = (q, k, v)
         self.ref, self.ref_lse = reference(q, k, v)
@@ -63,7 +65,9 @@ class Problem:
     def quantize(self, recipe: Fp8Recipe) -> QuantizedQKV:
         return quantize_qkv(self.q, self.k, self.v, recipe)
 
-    def row(self, variant: str, ran_on: str, out: torch.Tensor, lse: torch.Tensor | None = None, **more) -> Row:
+    def row(
+        self, variant: str, ran_on: str, out: torch.Tensor, lse: torch.Tensor | None = None, **more
+    ) -> Row:
         errors = error_metrics(out, self.ref)
         if lse is not None:
             errors["lse_max_abs"] = (lse.double() - self.ref_lse).abs().max().item()
@@ -208,7 +212,9 @@ def e5(sizes: Sizes) -> Iterator[Row]:
     for head in range(sizes.heads):
         for excess in (0, 4, 6, 8, 10, 12, 14):
             for seen in ("first", "last"):
-                q, k, v = study_inputs("normal", 128, sizes.short, device=sizes.device, seed=sizes.seed + head)
+                q, k, v = study_inputs(
+                    "normal", 128, sizes.short, device=sizes.device, seed=sizes.seed + head
+                )
                 # One direction that all queries share, at which only the sinks point. Key blocks go from the
                 # last to the first.
                 at = slice(-4, None) if seen == "first" else slice(0, 4)

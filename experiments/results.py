@@ -81,7 +81,7 @@ def provenance() -> dict[str, object]:
     return {**commit(), "command": command(), "date": now, "python": sys.version.split()[0]}
 
 
-def save(result: dict, stem: Path) -> None:
+def save(result: dict, stem: Path, with_csv: bool = True) -> None:
     """Write `stem`.json, and `stem`.csv with the rows.
 
     Args:
@@ -92,6 +92,8 @@ def save(result: dict, stem: Path) -> None:
     partial = stem.with_name(stem.name + ".json.partial")
     partial.write_text(json.dumps(_finite(result), indent=1) + "\n")
     partial.replace(stem.with_name(stem.name + ".json"))  # a killed run leaves the previous file whole
+    if not with_csv:
+        return
     columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
     with open(stem.with_name(stem.name + ".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

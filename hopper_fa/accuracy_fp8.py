@@ -1,4 +1,4 @@
-"""The study of FP8 accuracy that runs on any machine: recipes beside published values, and the project's targets.
+"""The study of FP8 accuracy that runs on any machine: recipes beside published values and targets.
 
 Errors are against float64 attention of the inputs before they are rounded to BF16, because that is what the
 published ones are against.
@@ -138,9 +138,7 @@ def implementation(device: str | torch.device) -> str:
     return "kernel"
 
 
-def attend(
-    qkv: QuantizedQKV, runs_on: str, causal: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, str]:
+def attend(qkv: QuantizedQKV, runs_on: str, causal: bool = False) -> tuple[torch.Tensor, torch.Tensor, str]:
     """FP8 attention over quantised tensors: out in BF16, lse, and what ran it.
 
     Args:
@@ -231,14 +229,17 @@ def legend() -> str:
     lines = [f"  {name:<9} {setup.text}" for name, setup in SETUPS.items()]
     return "\n".join(
         (
-            "Output of attention against float64, head dim 128, full mask. Inputs:",
+            "Output of attention against float64, head dim 128, full mask.",
+            "inputs",
             *lines,
-            "Attention: BF16, and FP8 by recipe: fa3 and fa3_paper are what FlashAttention-3 ships and what its",
-            "paper describes, the others this project's (hopper_fa/recipe.py).",
-            "rel. L2 is |error| / |output|; bias the mean error in the direction of the output, over its mean",
-            "magnitude (negative: shrunk); row p99 the rel. L2 that 1% of the rows exceed; LSE its largest error.",
-            "beside: the same metric in the FlashAttention-3 paper's Table 3, or by FlashAttention-3 on an H200.",
-            "target: what this project asks of itself.",
+            "attention  BF16, and FP8 by recipe: fa3 is what FlashAttention-3 ships, fa3_paper what its",
+            "           paper describes, the others are this project's (hopper_fa/recipe.py)",
+            "rel. L2    |error| / |output|",
+            "bias       mean error in the direction of the output, over its mean magnitude; negative: shrunk",
+            "row p99    rel. L2 that 1% of the rows exceed",
+            "LSE        largest error of a row's log-sum-exp",
+            "beside     the same metric in the FlashAttention-3 paper's Table 3, or by its kernel on an H200",
+            "target     what this project asks of itself",
         )
     )
 
@@ -284,7 +285,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         of_kind = [row for row in rows if row["inputs"] == kind]
         values = [row[row["metric"]] for row in of_kind]
-        colors = ["#9aa5b1" if row["attention"] in (BF16, "fa3", "fa3_paper") else "#d1495b" for row in of_kind]
+        colors = [
+            "#9aa5b1" if row["attention"] in (BF16, "fa3", "fa3_paper") else "#d1495b" for row in of_kind
+        ]
         bars = axis.bar(range(len(values)), values, color=colors)
         axis.bar_label(bars, fmt="%.1e", fontsize=7, padding=2)
         for name, style in marks.items():
