@@ -68,7 +68,6 @@ def facts(device: str) -> dict[str, object]:
 
 def run(name: str, sizes: Sizes, out: Path, seconds: float) -> dict:
     """One experiment into out/name.json. No row begins after `seconds`; "complete" says if any is missing."""
-    start = time.monotonic()
     result = {
         "experiment": f"fp8_accuracy {name}",
         "made": results.provenance(),
@@ -79,7 +78,7 @@ def run(name: str, sizes: Sizes, out: Path, seconds: float) -> dict:
         "rows": [],
     }
     rows = EXPERIMENTS[name](sizes)
-    saved = start
+    start = saved = time.monotonic()
     while not result["complete"] and time.monotonic() - start < seconds:
         row = next(rows, None)
         if row is None:

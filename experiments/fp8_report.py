@@ -179,7 +179,7 @@ def _e3(rows: list[Row]) -> list[str]:
 def _e4(rows: list[Row]) -> list[str]:
     text = [
         "64 rows of queries, N(0, 1), V = mean + N(0, 1), the default recipe but for what is named (smooth V "
-        "includes compensate_v). The BF16 output's own rounding is 1.7e-3 of the relative L2 for a mean of 1.",
+        "includes compensate_v). The BF16 output's own rounding is 1.7e-3 of the relative L2 for mean 1.",
         "",
     ]
     for metric in ("relative_l2", "relative_bias", "lse_max_abs"):

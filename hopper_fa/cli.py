@@ -1,4 +1,4 @@
-"""Command line: `hopper-fa info | demo | accuracy`."""
+"""Command line: `hopper-fa info | demo | accuracy | accuracy16`."""
 
 import argparse
 import importlib.util
@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from hopper_fa import accuracy
+from hopper_fa import accuracy, accuracy_fp8
 from hopper_fa.info import build_info, machine_info
 
 SPEED_SCRIPT = Path("experiments", "forward_speed.py")
@@ -29,20 +30,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     demo = commands.add_parser(
         "demo",
-        help="with a Hopper GPU the forward speed comparison, else the accuracy study",
+        help="with a Hopper GPU the forward speed comparison, else the FP8 accuracy study",
         description="With a Hopper GPU: run experiments/forward_speed.py, our forward beside its peers. "
-        "Without: the accuracy study, on the emulator.",
+        "Without: the FP8 accuracy study, on the emulator.",
     )
     _add_output(demo)
     _add_study(demo)
     demo.set_defaults(run=_demo)
 
-    study = commands.add_parser(
-        "accuracy", help="error of BF16 and FP16 attention against float64, on any machine"
-    )
+    study = commands.add_parser("accuracy", help="error of FP8 attention, recipe by recipe, on any machine")
     _add_output(study)
     _add_study(study)
     study.set_defaults(run=_accuracy)
+
+    study16 = commands.add_parser(
+        "accuracy16", help="error of BF16 and FP16 attention against float64, on any machine"
+    )
+    _add_output(study16)
+    _add_study16(study16)
+    study16.set_defaults(run=_accuracy16)
 
     options = parser.parse_args(arguments)
     return options.run(options)
@@ -53,6 +59,15 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:
+    study = parser.add_argument_group("FP8 accuracy study")
+    study.add_argument("--inputs", nargs="+", choices=accuracy_fp8.SETUPS, default=list(accuracy_fp8.SETUPS))
+    study.add_argument("--heads", type=int, default=4, help="the more, the less chance in the outliers")
+    study.add_argument("--keys", type=int, help="default: what published values and targets hold for")
+    study.add_argument("--queries", type=int, help="rows that are computed; default: some of a whole head's")
+    study.add_argument("--seed", type=int, help="of the inputs; default: another one every run")
+
+
+def _add_study16(parser: argparse.ArgumentParser) -> None:
     study = parser.add_argument_group("accuracy study")
     study.add_argument("--seqlens", type=int, nargs="+", default=[128, 512, 2048])
     study.add_argument(
@@ -99,8 +114,8 @@ def _info(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     if not _has_hopper():
         print(
-            "No Hopper GPU here: the kernels' arithmetic runs in the emulator; this study shows its "
-            "accuracy.\n"
+            "No Hopper GPU here: the kernels' arithmetic runs in the emulator; this study, of about two "
+            "minutes, shows what FP8 attention loses by it.\n"
         )
         return _accuracy(options)
     # The checkout around the current folder, or around an editable install; the wheel holds no experiments.
@@ -118,43 +133,87 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _accuracy(options: argparse.Namespace) -> int:
+    problem = {"heads": options.heads, "keys": options.keys, "queries": options.queries}
+    device, seed = _device(), _seed(options)
+    runs_on = accuracy_fp8.implementation(device)
+    print(f"{accuracy_fp8.legend()}\n\nseed {seed}, FP8 run by the {runs_on} on {device}\n")
+    rows = accuracy_fp8.fp8_accuracy(options.inputs, **problem, device=device, seed=seed)
+    return _study(
+        options.output / "fp8_accuracy",
+        rows,
+        len(options.inputs) * (1 + len(accuracy_fp8.RECIPES)),
+        {
+            "problem": {"inputs": options.inputs, **problem, "seed": seed},
+            "device": device,
+            "runs_on": runs_on,
+        },
+        accuracy_fp8,
+        f"FP8 attention against float64, head dim 128, by the {runs_on} on {device}",
+    )
+
+
+def _accuracy16(options: argparse.Namespace) -> int:
+    device = _device()
+    problem = {
+        "heads": options.heads,
+        "head_dim": options.head_dim,
+        "causal": options.causal,
+        "seed": _seed(options),
+    }
+    names = accuracy.implementations(torch.device(device))
+    print(f"Attention against float64 of the same inputs: {problem} on {device}\n")
+    mask = "causal" if options.causal else "full mask"
+    return _study(
+        options.output / "forward_accuracy",
+        accuracy.forward_accuracy(options.seqlens, options.distributions, device=device, **problem),
+        len(options.distributions) * len(options.seqlens) * len(accuracy.DTYPES) * len(names),
+        {"problem": problem, "device": device},
+        accuracy,
+        f"Attention forward, head dim {options.head_dim}, {mask}, on {device}",
+    )
+
+
+def _device() -> str:
+    return "cuda" if _has_hopper() else "cpu"
+
+
+def _seed(options: argparse.Namespace) -> int:
+    return int(time.time()) if options.seed is None else options.seed
+
+
+def _study(
+    stem: Path,
+    rows: Iterable[dict[str, Any]],
+    total: int,
+    facts: dict[str, Any],
+    study: ModuleType,
+    title: str,
+) -> int:
+    """Print the rows of a study as they come, and write them, with `facts`, as JSON and as a plot.
+
+    Args:
+        stem: path of both files without suffix. total: number of rows.
+        study: the module with table_header, table_line and plot for these rows.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         print(
             "matplotlib is not installed and the study draws a plot; install hopper_fa[experiments].",
             file=sys.stderr,
         )
         return 2
-    device = "cuda" if _has_hopper() else "cpu"
-    seed = int(time.time()) if options.seed is None else options.seed
-    problem = {"heads": options.heads, "head_dim": options.head_dim, "causal": options.causal, "seed": seed}
-    names = accuracy.implementations(torch.device(device))
-    total = len(options.distributions) * len(options.seqlens) * len(accuracy.DTYPES) * len(names)
-    print(f"Attention against float64 of the same inputs: {problem} on {device}\n\n{accuracy.table_header()}")
-
     start = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    for row in accuracy.forward_accuracy(options.seqlens, options.distributions, device=device, **problem):
-        rows.append(row)
-        print(accuracy.table_line(row), flush=True)
+    seen: list[dict[str, Any]] = []
+    print(study.table_header(), flush=True)
+    for row in rows:
+        seen.append(row)
+        print(study.table_line(row), flush=True)
         if sys.stderr.isatty():
-            print(
-                f"{len(rows)}/{total}, {time.perf_counter() - start:.0f} s",
-                end="\r",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    json_path, plot_path = options.output / "forward_accuracy.json", options.output / "forward_accuracy.png"
-    result = {
-        "problem": problem,
-        "device": device,
-        "build": build_info(),
-        "machine": machine_info(),
-        "rows": rows,
-    }
+            progress = f"{len(seen)}/{total}, {time.perf_counter() - start:.0f} s"
+            print(progress, end="\r", file=sys.stderr, flush=True)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    json_path, plot_path = (stem.with_name(stem.name + suffix) for suffix in (".json", ".png"))
+    result = {**facts, "build": build_info(), "machine": machine_info(), "rows": seen}
     json_path.write_text(json.dumps(result, indent=1) + "\n")
-    mask = "causal" if options.causal else "full mask"
-    accuracy.plot(rows, plot_path, f"Attention forward, head dim {options.head_dim}, {mask}, on {device}")
-    print(f"\n{len(rows)} rows in {time.perf_counter() - start:.0f} s; written: {json_path}, {plot_path}")
+    study.plot(seen, plot_path, title)
+    print(f"\n{len(seen)} rows in {time.perf_counter() - start:.0f} s; written: {json_path}, {plot_path}")
     return 0
