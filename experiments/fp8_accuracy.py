@@ -1,4 +1,4 @@
-"""What FP8 attention loses, recipe by recipe: eight experiments, beside published values and targets.
+"""What FP8 attention loses, recipe by recipe: nine experiments, beside published values and targets.
 
     python experiments/fp8_accuracy.py --quick    # all, small: about 2 minutes on 2 cores
     python experiments/fp8_accuracy.py --experiments e1 e4 --heads 16 --queries 8192
@@ -33,6 +33,7 @@ from hopper_fa.info import machine_info
 
 EXPERIMENTS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "e1": fp8_studies.e1,
+    "kb": fp8_studies.kb,
     "e2": fp8_studies.e2,
     "e3": fp8_studies.e3,
     "e4": fp8_studies.e4,
@@ -115,8 +116,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     parser.add_argument("--heads", type=int, help="seeds, each a head of its own")
     parser.add_argument("--keys", type=int, help="of e1, and the longest of e8")
-    parser.add_argument("--queries", type=int, help="rows that are computed in e1, e2 and e3")
-    parser.add_argument("--short", type=int, help="keys of e2, e3 and e5")
+    parser.add_argument("--queries", type=int, help="rows that are computed in e1, kb, e2 and e3")
+    parser.add_argument("--short", type=int, help="keys of kb, e2, e3 and e5")
     parser.add_argument("--long", type=int, nargs="+", help="lengths of e4")
     parser.add_argument("--seed", type=int, default=0, help="of the first head")
     parser.add_argument(

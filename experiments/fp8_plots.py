@@ -28,7 +28,10 @@ def e1(rows: list[Row]):
     for label, (marker, color, values) in marks.items():
         points = [(x, y) for x, y in zip(places, values, strict=True) if y]
         size = 500 if marker == "_" else 30
-        axis.scatter(*zip(*points, strict=True), marker=marker, color=color, s=size, zorder=3, label=label)
+        if points:
+            axis.scatter(
+                *zip(*points, strict=True), marker=marker, color=color, s=size, zorder=3, label=label
+            )
     axis.set_xticks(places, [name for (name,) in by_variant], rotation=35, ha="right", fontsize=8)
     axis.set(yscale="log", ylabel="RMSE")
     axis.legend(frameon=False)

@@ -31,7 +31,10 @@ def merged(rows: Iterable[Row], *columns: str) -> dict[tuple, Row]:
 
 def _merge(group: Sequence[Row]) -> Row:
     row: Row = {**group[0], "heads": len(group)}
-    row["lowest_rmse"], row["highest_rmse"] = (f(r.get("rmse") or 0 for r in group) for f in (min, max))
+    for name in _ROOT_MEAN_SQUARE:
+        row[f"lowest_{name}"], row[f"highest_{name}"] = (
+            f(r.get(name) or 0 for r in group) for f in (min, max)
+        )
     for name, value in group[0].items():
         values = [r.get(name) for r in group]
         if not isinstance(value, float) or not all(isinstance(v, (int, float)) for v in values):

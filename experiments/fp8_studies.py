@@ -129,6 +129,18 @@ def fp8_standard_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) ->
     return torch.cat(outs, 2).transpose(1, 2)
 
 
+def kb(sizes: Sizes) -> Iterator[Row]:
+    """The presets where all keys of a head share a bias of standard deviation 3 a channel."""
+    for head in range(sizes.heads):
+        problem = Problem.of(sizes, "k_bias", sizes.short, sizes.queries, head)
+        yield problem.of_bf16()
+        for name in ("fa3", "fa3_paper", "causal_safe", "default", "accurate"):
+            yield problem.of_recipe(name, getattr(Fp8Recipe, name)())
+        yield problem.of_recipe("default, e4m3 Q and K", replace(DEFAULT, qk_dtype="e4m3"))
+        finer = replace(Fp8Recipe.accurate(), k_granularity="token")
+        yield problem.of_recipe("accurate, a scale a key", finer)
+
+
 def e2(sizes: Sizes) -> Iterator[Row]:
     """Element types of Q and K, on three kinds of inputs (V and P are always e4m3)."""
     for head in range(sizes.heads):
@@ -157,8 +169,6 @@ def e3(sizes: Sizes) -> Iterator[Row]:
     for head in range(sizes.heads):
         for kind in ("k_bias", "qk_bias", "outliers"):
             problem = Problem.of(sizes, kind, sizes.short, sizes.queries, head)
-            for name in ("default", "accurate", "fa3"):
-                yield problem.of_recipe(name, getattr(Fp8Recipe, name)(), grid="presets", qk="")
             for qk in ("int8", "e4m3"):
                 for name, recipe in smoothing.items():
                     yield problem.of_recipe(name, replace(recipe, qk_dtype=qk), grid="smoothing", qk=qk)

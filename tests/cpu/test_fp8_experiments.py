@@ -51,13 +51,23 @@ def test_report_has_every_experiment(folder: Path) -> None:
         assert f"{value:.2e}" in text
 
 
+def test_report_of_runs_that_were_cut_short(folder: Path, tmp_path: Path) -> None:
+    for name in fp8_accuracy.EXPERIMENTS:
+        result = results.load(folder / f"{name}.json")
+        results.save(
+            {**result, "complete": False, "rows": result["rows"][:7]}, tmp_path / name, with_csv=False
+        )
+    text = fp8_report.write(tmp_path).read_text()
+    assert text.count("cut short") == len(fp8_accuracy.EXPERIMENTS)
+
+
 def test_report_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run fp8_accuracy.py first"):
         fp8_report.write(tmp_path)
 
 
 def test_every_row_has_every_metric(folder: Path) -> None:
-    for name in ("e1", "e2", "e3", "e4", "e5", "e8", "e9"):
+    for name in ("e1", "kb", "e2", "e3", "e4", "e5", "e8", "e9"):
         for row in rows_of(folder, name):
             assert all(math.isfinite(row[metric]) for metric in fp8_report.ERRORS if metric != "lse_max_abs")
             assert row["implementation"] in ("emulator", "torch")
