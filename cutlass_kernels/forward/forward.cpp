@@ -52,9 +52,9 @@ Status run_forward(ForwardParams const& p, CUstream_st* stream) {
       p.head_dim < 8 || p.head_dim % 8 != 0 || p.head_dim > kForwardTiles[p.tile].head_dim ||
       misaligned(p.q) || misaligned(p.k) || misaligned(p.v) || misaligned(p.out) || !p.workspace)
     return Status::kInvalidArgument;
-  if (is_8bit(p.dtype) &&
-      (misstrided(p.q) || misstrided(p.k) || misstrided(p.v) || !p.fp8.q_scale.data || !p.fp8.k_scale.data ||
-       !p.fp8.v_scale || !p.fp8.v_mean || p.fp8.q_group_rows < 1 || is_8bit(p.fp8.out_dtype)))
+  if (is_8bit(p.dtype) && (misstrided(p.q) || misstrided(p.k) || misstrided(p.v) || !p.fp8.q_scale.data ||
+                           (p.seqlen_k > 0 && !p.fp8.k_scale.data) || !p.fp8.v_scale || !p.fp8.v_mean ||
+                           p.fp8.q_group_rows < 1 || is_8bit(p.fp8.out_dtype)))
     return Status::kInvalidArgument;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return Status::kOk;
   int const sms = hopper_sms();
