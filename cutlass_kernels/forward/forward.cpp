@@ -39,7 +39,9 @@ int hopper_sms() {
 // Rows of 8-bit Q and K count one byte an element, so strides must be multiples of 16 elements.
 bool misstrided(TensorRef const& t) { return (t.batch_stride | t.row_stride | t.head_stride) % 16 != 0; }
 
-bool misaligned(TensorRef const& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 != 0; }
+bool misaligned(void const* data, int bytes) { return reinterpret_cast<uintptr_t>(data) % bytes != 0; }
+
+bool misaligned(TensorRef const& t) { return misaligned(t.data, 16); }
 
 }  // namespace
 
@@ -52,9 +54,10 @@ Status run_forward(ForwardParams const& p, CUstream_st* stream) {
       p.head_dim < 8 || p.head_dim % 8 != 0 || p.head_dim > kForwardTiles[p.tile].head_dim ||
       misaligned(p.q) || misaligned(p.k) || misaligned(p.v) || misaligned(p.out) || !p.workspace)
     return Status::kInvalidArgument;
-  if (is_8bit(p.dtype) && (misstrided(p.q) || misstrided(p.k) || misstrided(p.v) || !p.fp8.q_scale.data ||
-                           (p.seqlen_k > 0 && !p.fp8.k_scale.data) || !p.fp8.v_scale || !p.fp8.v_mean ||
-                           p.fp8.q_group_rows < 1 || is_8bit(p.fp8.out_dtype)))
+  if (is_8bit(p.dtype) &&
+      (misstrided(p.q) || !p.fp8.q_scale.data || p.fp8.q_group_rows < 1 || is_8bit(p.fp8.out_dtype) ||
+       !p.fp8.v_scale || !p.fp8.v_mean || misaligned(p.fp8.v_scale, 8) || misaligned(p.fp8.v_mean, 8) ||
+       (p.seqlen_k > 0 && (misstrided(p.k) || misstrided(p.v) || !p.fp8.k_scale.data))))
     return Status::kInvalidArgument;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return Status::kOk;
   int const sms = hopper_sms();

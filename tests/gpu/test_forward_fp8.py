@@ -64,7 +64,14 @@ def assert_agrees(
     truth: float64 attention of the unquantised tensors.
     """
     out, lse = run_poisoned(qkv, softmax_scale, causal, torch.float16)
-    emulated, emulated_lse = attention_fp8_emulated(qkv, softmax_scale, causal, torch.float16)
+    # e4m3 scores need the tensor core's own sums: their small differences flip roundings of P.
+    emulated, emulated_lse = attention_fp8_emulated(
+        qkv,
+        softmax_scale,
+        causal,
+        torch.float16,
+        accumulator="auto" if qkv.recipe.qk_dtype == "int8" else "tensor_core",
+    )
     assert out.isfinite().all()
     torch.testing.assert_close(lse, emulated_lse, atol=2e-3, rtol=1e-5)
     apart = error_metrics(out, emulated.double())["relative_l2"]
@@ -81,10 +88,10 @@ def check(case: Case, recipe: str, seed: int, distribution: str = "normal") -> N
 
 @every_instance
 def test_one_block(head_dim: int, seed: int) -> None:
-    """The smallest problem first: one warpgroup, one key block, no mask, scales of 1."""
+    """The smallest problem first: one warpgroup, one key block, no mask, exact sums of scores."""
     q, k, v = Case(1, 1, 1, 64, 128, head_dim).qkv(torch.bfloat16, seed, "cuda")
     truth, _ = attention_reference(q, k, v)
-    assert_agrees(quantize_qkv(q, k, v, RECIPES["plain"]), truth)
+    assert_agrees(quantize_qkv(q, k, v, replace(RECIPES["plain"], qk_dtype="int8")), truth)
 
 
 @pytest.mark.parametrize("recipe", ["default", "e4m3"])
