@@ -126,7 +126,7 @@ def quantize_qkv(
     heads_kv, head_dim = k.shape[2:]
     group = q.shape[2] // heads_kv
     # (batch, heads, seqlen, head_dim) float32 from here on.
-    q32, k32, v32 = (t.transpose(1, 2).float() for t in (q, k, v))
+    q32, k32, v32 = (t.transpose(1, 2).float().contiguous() for t in (q, k, v))
 
     lse_shift = key_bias = v_mean = None
     if recipe.smooth_k:

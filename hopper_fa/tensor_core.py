@@ -1,5 +1,6 @@
 """The FP8 tensor core's sums in torch: exact products, an accumulator of few bits that cuts toward zero."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class Accumulator:
         a, b = a.expand(*batch, m, k), b.expand(*batch, k, n)
         limit = _ELEMENTS_AT_ONCE if a.device.type == "cpu" else _ELEMENTS_AT_ONCE_GPU
         rows = max(1, limit // (self.group * max(1, n)))
-        for index in _indices(batch):
+        for index in itertools.product(*map(range, batch)):
             for row in range(0, m, rows):
                 block = slice(row, row + rows)
                 acc = start[index][block]
@@ -71,14 +72,6 @@ class Accumulator:
     def _cut(self, x: torch.Tensor) -> torch.Tensor:
         """x float32 with the fraction bits beyond fraction_bits set to 0."""
         return (x.view(torch.int32) & -(1 << (23 - self.fraction_bits))).view(torch.float32)
-
-
-def _indices(shape: torch.Size) -> list[tuple[int, ...]]:
-    """Every index into a tensor of this shape."""
-    return [
-        tuple(i)
-        for i in torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape)).tolist()
-    ]
 
 
 HOPPER = Accumulator()
