@@ -13,13 +13,13 @@ template <DType kDType>
 using ElementOf = std::conditional_t<kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
 
 template <DType kDType, int kTileIndex>
-Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) {
+Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream) {
   using Traits = ForwardTraits<ElementOf<kDType>, kTileIndex>;
   constexpr int kSharedBytes = forward_shared_memory(Traits::kTile);
 
   ForwardArguments args;
   int const group = p.heads_q / p.heads_kv;
-  args.warpgroups = choose_warpgroups(Traits::kWarpgroups, p.batch * p.heads_q, p.seqlen_q, num_sms);
+  args.warpgroups = choose_warpgroups(Traits::kWarpgroups, p.batch * p.heads_q, p.seqlen_q, device.sms);
   args.scheduler =
       make_tile_scheduler(p.batch, p.heads_q, group, p.seqlen_q, 64 * args.warpgroups,
                           int64_t(p.seqlen_k) * p.head_dim * 2 * sizeof(typename Traits::Element), p.causal);
@@ -51,19 +51,17 @@ Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) 
   args.causal = p.causal;
 
   auto const kernel = forward_kernel<Traits>;
-  // The shared-memory limit is a property of (kernel, device), set on the first call on each of the first 64
-  // devices.
+  // The shared-memory limit is a property of (kernel, device), set on the first call on each device.
+  static_assert(kCachedDevices == 64);
   static std::atomic<uint64_t> configured{0};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return Status::kLaunchError;
-  uint64_t const bit = device < 64 ? uint64_t(1) << device : 0;
+  uint64_t const bit = device.index < kCachedDevices ? uint64_t(1) << device.index : 0;
   if (!(configured.load(std::memory_order_relaxed) & bit)) {
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes) !=
         cudaSuccess)
       return Status::kLaunchError;
     configured.fetch_or(bit, std::memory_order_relaxed);
   }
-  int const ctas = args.scheduler.num_tiles < num_sms ? args.scheduler.num_tiles : num_sms;
+  int const ctas = args.scheduler.num_tiles < device.sms ? args.scheduler.num_tiles : device.sms;
   kernel<<<ctas, Traits::kThreads, kSharedBytes, stream>>>(args);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchError;
 }
@@ -73,4 +71,4 @@ Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) 
 #define HOPPER_FA_FORWARD_INSTANCE(dtype, head_dim, variant)                                              \
   template hopper_fa::Status hopper_fa::launch_forward<hopper_fa::dtype_token::dtype,                     \
                                                        hopper_fa::forward_tile_index(head_dim, variant)>( \
-      hopper_fa::ForwardParams const&, int, cudaStream_t);
+      hopper_fa::ForwardParams const&, hopper_fa::Device, cudaStream_t);
