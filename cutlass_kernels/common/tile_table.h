@@ -22,6 +22,7 @@ struct ForwardTile {
   bool overlap;             // QK of the next block is issued before PV of this one
   int fma_exp2_octets;      // of every 8 column octets, how many compute exp2 on the FP32 pipe
   float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
+  int cluster = 1;          // CTAs that take neighbouring tiles of a head and share their K and V loads
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -41,6 +42,9 @@ constexpr ForwardTile kForwardTiles[] = {
     {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, -1.0f},
     {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
+    // Not measured yet; after the threshold: cluster.
+    {"cluster", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2},
+    {"cluster", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

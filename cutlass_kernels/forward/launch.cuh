@@ -12,16 +12,33 @@ namespace hopper_fa {
 template <DType kDType>
 using ElementOf = std::conditional_t<kDType == DType::kBF16, cutlass::bfloat16_t, cutlass::half_t>;
 
+// How many CTAs of the kernel, or clusters of CTAs, the device holds at a time; 0 if the runtime refuses
+// them. The first call on a device asks the runtime, and sets the kernel's limit of shared memory.
+template <class Traits>
+int fitting_ctas(cudaLaunchConfig_t const& config, Device device) {
+  static std::atomic<int> known[kCachedDevices];  // 0: not asked yet
+  bool const cached = device.index < kCachedDevices;
+  if (int const fitting = cached ? known[device.index].load(std::memory_order_relaxed) : 0) return fitting;
+  auto const kernel = forward_kernel<Traits>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(config.dynamicSmemBytes)) != cudaSuccess)
+    return 0;
+  int fitting = device.sms;
+  if (Traits::kCluster > 1 && cudaOccupancyMaxActiveClusters(&fitting, kernel, &config) != cudaSuccess)
+    return 0;
+  if (cached) known[device.index].store(fitting, std::memory_order_relaxed);
+  return fitting;
+}
+
 template <DType kDType, int kTileIndex>
 Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream) {
   using Traits = ForwardTraits<ElementOf<kDType>, kTileIndex>;
-  constexpr int kSharedBytes = forward_shared_memory(Traits::kTile);
 
   ForwardArguments args;
   int const group = p.heads_q / p.heads_kv;
   args.warpgroups = choose_warpgroups(Traits::kWarpgroups, p.batch * p.heads_q, p.seqlen_q, device.sms);
   args.scheduler =
-      make_tile_scheduler(p.batch, p.heads_q, group, p.seqlen_q, 64 * args.warpgroups,
+      make_tile_scheduler(p.batch, p.heads_q, group, p.seqlen_q, 64 * args.warpgroups * Traits::kCluster,
                           int64_t(p.seqlen_k) * p.head_dim * 2 * sizeof(typename Traits::Element), p.causal);
   Status status = encode_tensor_map(args.q, p.q, kDType, p.head_dim, p.seqlen_q, p.heads_q, p.batch, 64);
   if (p.seqlen_k > 0) {  // without keys nothing is loaded, and TMA has no empty tensors
@@ -50,20 +67,23 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   args.negate_scores = scale < 0;
   args.causal = p.causal;
 
-  auto const kernel = forward_kernel<Traits>;
-  // The shared-memory limit is a property of (kernel, device), set on the first call on each device.
-  static_assert(kCachedDevices == 64);
-  static std::atomic<uint64_t> configured{0};
-  uint64_t const bit = device.index < kCachedDevices ? uint64_t(1) << device.index : 0;
-  if (!(configured.load(std::memory_order_relaxed) & bit)) {
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes) !=
-        cudaSuccess)
-      return Status::kLaunchError;
-    configured.fetch_or(bit, std::memory_order_relaxed);
+  cudaLaunchAttribute attributes[1];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = Traits::kCluster;
+  config.blockDim = Traits::kThreads;
+  config.dynamicSmemBytes = forward_shared_memory(Traits::kTile);
+  config.stream = stream;
+  config.attrs = attributes;
+  if constexpr (Traits::kCluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {Traits::kCluster, 1, 1};
   }
-  int const ctas = args.scheduler.num_tiles < device.sms ? args.scheduler.num_tiles : device.sms;
-  kernel<<<ctas, Traits::kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchError;
+  int const fitting = fitting_ctas<Traits>(config, device);
+  if (fitting == 0) return Status::kLaunchError;
+  config.gridDim = Traits::kCluster * min_int(args.scheduler.num_tiles, fitting);
+  return cudaLaunchKernelEx(&config, forward_kernel<Traits>, args) == cudaSuccess ? Status::kOk
+                                                                                  : Status::kLaunchError;
 }
 
 }  // namespace hopper_fa

@@ -15,11 +15,13 @@ namespace hopper_fa {
 template <class Traits>
 class Loader {
   using Shared = typename Traits::SharedStorage;
+  static constexpr int kCluster = Traits::kCluster;
 
   ForwardArguments const& args_;
   Shared& shared_;
   RingCursor<Traits::kStages> ring_;
   RingCursor<Traits::kQStages> q_ring_;
+  int const rank_ = cluster_rank<kCluster>();
 
   struct Block {
     int index, head, batch;  // head of K and V
@@ -36,7 +38,9 @@ class Loader {
   __device__ __forceinline__ int start_tile(Tile const& tile) {
     int const rows = 64 * args_.warpgroups;
     int const row = tile.m_block * rows;
-    int const end = block_range(row, rows, args_.seqlen_q, args_.seqlen_k, args_.causal, Traits::kBlockN).end;
+    int const end = block_range(row - rank_ * rows, kCluster * rows, args_.seqlen_q, args_.seqlen_k,
+                                args_.causal, Traits::kBlockN)
+                        .end;
     if (end == 0) return 0;
     first_ = {end - 1, tile.head / args_.q_heads_per_kv, tile.batch};
     for (int wg = 0; wg < args_.warpgroups; ++wg) {
@@ -44,8 +48,8 @@ class Loader {
       EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
       if (elect_one_sync()) {
         FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]));
-        copy(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
-             TMA::CacheHintSm90::EVICT_FIRST);
+        copy<1>(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
+                TMA::CacheHintSm90::EVICT_FIRST);
       }
       __syncwarp();
     }
@@ -77,20 +81,30 @@ class Loader {
     EmptyBarrier::wait(&shared_.kv_empty[ring_.slot], ring_.phase);
     if (elect_one_sync()) {
       FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.kv[0]));
-      copy(map, full, shared_.kv[ring_.slot], Traits::kBlockN, block.index * Traits::kBlockN, block.head,
-           block.batch, TMA::CacheHintSm90::EVICT_LAST);
+      copy<kCluster>(map, full, shared_.kv[ring_.slot], Traits::kBlockN, block.index * Traits::kBlockN,
+                     block.head, block.batch, TMA::CacheHintSm90::EVICT_LAST);
     }
     __syncwarp();
     ring_.advance();
   }
 
+  // kCtas of the cluster want the same bytes in the same place: each loads its share of the slabs for all of
+  // them, and each one's barrier hears of every slab that lands beside it.
+  template <int kCtas>
   __device__ __forceinline__ void copy(CUtensorMap const& map, uint64_t& barrier,
                                        typename Traits::Element* smem, int rows, int row, int head, int batch,
                                        TMA::CacheHintSm90 hint) {
     CUTE_UNROLL
-    for (int slab = 0; slab < Traits::kSlabs; ++slab)
-      SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + slab * rows * 64, slab * 64,
-                             row, head, batch);
+    for (int i = 0; i < Traits::kSlabs / kCtas; ++i) {
+      if constexpr (kCtas == 1) {
+        SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + i * rows * 64, i * 64, row,
+                               head, batch);
+      } else {
+        int const slab = rank_ * (Traits::kSlabs / kCtas) + i;
+        SM90_TMA_LOAD_MULTICAST_4D::copy(&map, &barrier, (1 << kCtas) - 1, static_cast<uint64_t>(hint),
+                                         smem + slab * rows * 64, slab * 64, row, head, batch);
+      }
+    }
   }
 };
 

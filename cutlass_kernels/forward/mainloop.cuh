@@ -23,6 +23,7 @@ class Mainloop {
   using Softmax = OnlineSoftmax<Traits::kTile.fma_exp2_octets>;
   static constexpr ForwardTile kTile = Traits::kTile;
   static constexpr int kBlockN = Traits::kBlockN;
+  static constexpr int kCluster = Traits::kCluster;
   using Output =
       decltype(partition_fragment_C(typename Traits::MmaPV{}, Shape<_64, Int<Traits::kHeadDim>>{}));
   using Probabilities = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
@@ -56,9 +57,9 @@ class Mainloop {
   // the start of every turn: without a loading warp, that is where the loads are issued.
   template <class Refill>
   __device__ __forceinline__ void run(Tile const& tile, Refill refill) {
-    int const tile_rows = 64 * args_.warpgroups;
-    int const tile_end = block_range(tile.m_block * tile_rows, tile_rows, args_.seqlen_q, args_.seqlen_k,
-                                     args_.causal, kBlockN)
+    int const tile_rows = 64 * args_.warpgroups * kCluster;  // a cluster's tiles take turns together
+    int const tile_end = block_range(tile.m_block / kCluster * tile_rows, tile_rows, args_.seqlen_q,
+                                     args_.seqlen_k, args_.causal, kBlockN)
                              .end;
     BlockRange const range =
         block_range(first_row(tile), 64, args_.seqlen_q, args_.seqlen_k, args_.causal, kBlockN);
@@ -96,6 +97,8 @@ class Mainloop {
     if (pending_) {
       issue_pv();
       finish_pending();
+    } else if (kCluster > 1 && started_) {
+      skip_blocks(1);  // no CTA may exit before what the others send it has landed
     }
   }
 
@@ -287,7 +290,12 @@ class Mainloop {
     FullBarrier::wait(&shared_.kv_full[after.slot], after.phase);
   }
   __device__ __forceinline__ void release_slot(int slot) const {
-    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
+    int const lane = threadIdx.x % 32;
+    if constexpr (kCluster == 1) {
+      if (lane == 0) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
+    } else {  // every CTA of the cluster writes into this slot
+      EmptyBarrier::arrive(&shared_.kv_empty[slot], lane, lane < kCluster);
+    }
   }
   __device__ __forceinline__ void release_block() {
     release_slot(ring_.slot);

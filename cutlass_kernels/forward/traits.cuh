@@ -40,10 +40,12 @@ struct ForwardTraits {
   static constexpr int kWarpgroups = kTile.block_m / 64;
   static constexpr bool kSpecialised = kTile.producer_registers > 0;
   static constexpr int kThreads = 128 * (kWarpgroups + (kSpecialised ? 1 : 0));
-  static constexpr int kSlabs = kHeadDim / 64;  // TMA boxes a block: 64 columns each
+  static constexpr int kSlabs = kHeadDim / 64;    // TMA boxes a block: 64 columns each
+  static constexpr int kCluster = kTile.cluster;  // each CTA loads kSlabs / kCluster of them for all
 
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
   static_assert(kStages >= 3);  // K of the next block, V of this one, and one to load
+  static_assert(kCluster == 1 || (kSlabs % kCluster == 0 && kSpecialised && kTile.overlap));
 
   // 64-column slabs of 128-byte rows, swizzled: what a TMA box writes and WGMMA reads.
   using LayoutQ = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<Element>{}, Shape<_64, Int<kHeadDim>>{}));
