@@ -20,4 +20,6 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|fma_exp2"
     "bf16|64|early_pass"
     "bf16|128|cluster"
-    "bf16|256|cluster")
+    "bf16|256|cluster"
+    "bf16|64|pdl"
+    "bf16|128|pdl")

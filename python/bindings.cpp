@@ -46,6 +46,7 @@ py::dict tile_dict(int index) {
   d["fma_exp2_octets"] = t.fma_exp2_octets;
   d["rescale_threshold"] = t.rescale_threshold;
   d["cluster"] = t.cluster;
+  d["dependent_launch"] = t.dependent_launch;
   d["shared_memory"] = forward_shared_memory(t);
   return d;
 }

@@ -23,6 +23,7 @@ struct ForwardTile {
   int fma_exp2_octets;      // of every 8 column octets, how many compute exp2 on the FP32 pipe
   float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
   int cluster = 1;          // CTAs that take neighbouring tiles of a head and share their K and V loads
+  bool dependent_launch = false;  // the next launch of the stream may start under the end of this one
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -42,9 +43,11 @@ constexpr ForwardTile kForwardTiles[] = {
     {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, -1.0f},
     {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
-    // Not measured yet; after the threshold: cluster.
+    // Not measured yet; after the threshold: cluster, dependent launch.
     {"cluster", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2},
     {"cluster", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2},
+    {"pdl", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 1, true},
+    {"pdl", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 1, true},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

@@ -31,6 +31,20 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
   cutlass::arch::fence_barrier_init();
 }
 
+// Programmatic dependent launch: what the launch before wrote, and that it has read what this one overwrites
+// (the workspace too), is certain only after wait_for_last_launch; until then nothing of global memory may be
+// touched.
+template <class Traits>
+__device__ __forceinline__ void wait_for_last_launch() {
+  if constexpr (Traits::kTile.dependent_launch) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// The next launch may begin as soon as every CTA has come here, and its CTAs once these leave them room.
+template <class Traits>
+__device__ __forceinline__ void start_next_launch() {
+  if constexpr (Traits::kTile.dependent_launch) asm volatile("griddepcontrol.launch_dependents;");
+}
+
 template <class Traits, class StartTile, class Refill, class LastLoads>
 __device__ __forceinline__ void compute_tiles(ForwardArguments const& args,
                                               typename Traits::SharedStorage& shared, int warpgroup,
@@ -56,6 +70,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) init_barriers<Traits>(shared, args.warpgroups);
   sync_ctas<kCluster>();
+  wait_for_last_launch<Traits>();
 
   if constexpr (Traits::kSpecialised) {
     if (warp < 4) {
@@ -71,6 +86,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
             index = writer.everyone(drawn);
           }
           writer.publish(-1);
+          start_next_launch<Traits>();
           loader.flush();
           writer.finish();
         } else {
@@ -79,6 +95,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
             int const turns = loader.start_tile(tile);
             for (int turn = 0; turn < turns; ++turn) loader.load_turn(turn);
           }
+          start_next_launch<Traits>();
           loader.flush();
         }
       }

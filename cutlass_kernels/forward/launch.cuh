@@ -67,7 +67,7 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   args.negate_scores = scale < 0;
   args.causal = p.causal;
 
-  cudaLaunchAttribute attributes[1];
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = Traits::kCluster;
   config.blockDim = Traits::kThreads;
@@ -78,6 +78,11 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {Traits::kCluster, 1, 1};
+  }
+  if constexpr (Traits::kTile.dependent_launch) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   int const fitting = fitting_ctas<Traits>(config, device);
   if (fitting == 0) return Status::kLaunchError;

@@ -45,6 +45,7 @@ struct ForwardTraits {
 
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
   static_assert(kStages >= 3);  // K of the next block, V of this one, and one to load
+  static_assert(kSpecialised || !kTile.dependent_launch);
   static_assert(kCluster == 1 || (kSlabs % kCluster == 0 && kSpecialised && kTile.overlap));
 
   // 64-column slabs of 128-byte rows, swizzled: what a TMA box writes and WGMMA reads.
