@@ -22,4 +22,6 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|128|cluster"
     "bf16|256|cluster"
     "bf16|64|pdl"
-    "bf16|128|pdl")
+    "bf16|128|pdl"
+    "bf16|64|tma_store"
+    "bf16|128|tma_store")

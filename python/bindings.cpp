@@ -47,6 +47,7 @@ py::dict tile_dict(int index) {
   d["rescale_threshold"] = t.rescale_threshold;
   d["cluster"] = t.cluster;
   d["dependent_launch"] = t.dependent_launch;
+  d["tma_store"] = t.tma_store;
   d["shared_memory"] = forward_shared_memory(t);
   return d;
 }

@@ -24,6 +24,7 @@ struct ForwardTile {
   float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
   int cluster = 1;          // CTAs that take neighbouring tiles of a head and share their K and V loads
   bool dependent_launch = false;  // the next launch of the stream may start under the end of this one
+  bool tma_store = false;         // the output leaves through the tile's Q stage and TMA
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -43,11 +44,13 @@ constexpr ForwardTile kForwardTiles[] = {
     {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, -1.0f},
     {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
-    // Not measured yet; after the threshold: cluster, dependent launch.
+    // Not measured yet; after the threshold: cluster, dependent launch, TMA store.
     {"cluster", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2},
     {"cluster", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2},
     {"pdl", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 1, true},
     {"pdl", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 1, true},
+    {"tma_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 1, false, true},
+    {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 1, false, true},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

@@ -46,7 +46,7 @@ __device__ __forceinline__ void start_next_launch() {
 }
 
 template <class Traits, class StartTile, class Refill, class LastLoads>
-__device__ __forceinline__ void compute_tiles(ForwardArguments const& args,
+__device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& args,
                                               typename Traits::SharedStorage& shared, int warpgroup,
                                               StartTile start_tile, Refill refill, LastLoads last_loads) {
   Mainloop<Traits> mainloop(args, shared, warpgroup);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void compute_tiles(ForwardArguments const& args,
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    forward_kernel(__grid_constant__ ForwardArguments const args) {
+    forward_kernel(__grid_constant__ typename Traits::Arguments const args) {
   extern __shared__ uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(
       (reinterpret_cast<uintptr_t>(shared_bytes) + 1023) / 1024 * 1024);

@@ -34,7 +34,7 @@ template <DType kDType, int kTileIndex>
 Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream) {
   using Traits = ForwardTraits<ElementOf<kDType>, kTileIndex>;
 
-  ForwardArguments args;
+  typename Traits::Arguments args;
   int const group = p.heads_q / p.heads_kv;
   args.warpgroups = choose_warpgroups(Traits::kWarpgroups, p.batch * p.heads_q, p.seqlen_q, device.sms);
   args.scheduler =
@@ -48,6 +48,10 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
     if (status == Status::kOk)
       status = encode_tensor_map(args.v, p.v, kDType, p.head_dim, p.seqlen_k, p.heads_kv, p.batch,
                                  Traits::kBlockN);
+  }
+  if constexpr (Traits::kTile.tma_store) {
+    if (status == Status::kOk)
+      status = encode_tensor_map(args.out_map, p.out, kDType, p.head_dim, p.seqlen_q, p.heads_q, p.batch, 16);
   }
   if (status != Status::kOk) return status;
   args.out = p.out.data;

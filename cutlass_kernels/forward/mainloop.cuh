@@ -12,6 +12,7 @@
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
 #include "forward/epilogue.cuh"
+#include "forward/epilogue_tma.cuh"
 #include "forward/traits.cuh"
 
 namespace hopper_fa {
@@ -28,7 +29,7 @@ class Mainloop {
       decltype(partition_fragment_C(typename Traits::MmaPV{}, Shape<_64, Int<Traits::kHeadDim>>{}));
   using Probabilities = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
 
-  ForwardArguments const& args_;
+  typename Traits::Arguments const& args_;
   Shared& shared_;
   int const warpgroup_;  // among the computing ones
   Baton const baton_;
@@ -39,12 +40,13 @@ class Mainloop {
   Probabilities p_;          // 64 x kBlockN, of the last block whose QK is done
   Softmax softmax_;          // of the tile that p_ belongs to
   Tile tile_;                // that tile
+  int q_slot_;               // where its Q was, and its output will be (tma_store)
   bool pending_ = false;     // p_ still waits for its V
   bool accumulate_ = false;  // output_ holds something of tile_ already
   bool started_ = false;     // the CTA has read a K block: a V block follows the next one
 
  public:
-  __device__ Mainloop(ForwardArguments const& args, Shared& shared, int warpgroup)
+  __device__ Mainloop(typename Traits::Arguments const& args, Shared& shared, int warpgroup)
       : args_(args),
         shared_(shared),
         warpgroup_(warpgroup),
@@ -71,7 +73,7 @@ class Mainloop {
     }
     if (tile_end > 0) wait_q();
     if (range.end == 0) {
-      if (tile_end > 0) release_q();
+      if (tile_end > 0) release_q(false);
       store_empty<Traits>(args_, tile, first_row(tile));
       return;
     }
@@ -97,6 +99,7 @@ class Mainloop {
     if (pending_) {
       issue_pv();
       finish_pending();
+      release_output();
     } else if (kCluster > 1 && started_) {
       skip_blocks(1);  // no CTA may exit before what the others send it has landed
     }
@@ -107,7 +110,7 @@ class Mainloop {
   template <bool kPending>
   __device__ __forceinline__ void first_turn(Tile const& tile, BlockRange range) {
     float alpha[2];
-    int const n = range.end - 1;
+    int const n = range.end - 1, q_slot = q_ring_.slot;
     Tensor s = make_scores();
     wait_block();
     baton_.take();
@@ -130,6 +133,9 @@ class Mainloop {
     pending_ = started_ = true;
     accumulate_ = false;
     if (n > 0) wait_block();
+    if constexpr (kPending) release_output();
+    // NOTE: through a shuffle; else ptxas computes the descriptors of Q in vector registers, 19 R2UR a turn.
+    if constexpr (kTile.tma_store) q_slot_ = __shfl_sync(~0u, q_slot, 0);
   }
 
   // The hot loop. On entry the slot at ring_, K of block n, has landed.
@@ -167,6 +173,7 @@ class Mainloop {
     if (pending_) {
       issue_pv();
       finish_pending();
+      release_output();
     } else if (started_ || !kTile.overlap) {
       skip_blocks(1);
     }
@@ -189,7 +196,11 @@ class Mainloop {
   __device__ __forceinline__ void finish_tile() {
     float factor[2], lse[2];
     softmax_.finish(factor, lse);
-    store_output<Traits>(args_, tile_, first_row(tile_), output_, factor, lse);
+    if constexpr (kTile.tma_store)
+      store_output_tma<Traits>(args_, tile_, first_row(tile_), output_, factor, lse,
+                               shared_.q[q_slot_][warpgroup_], warpgroup_);
+    else
+      store_output<Traits>(args_, tile_, first_row(tile_), output_, factor, lse);
   }
 
   // The ablation: QK, softmax and PV of a block one after the other.
@@ -304,9 +315,17 @@ class Mainloop {
   __device__ __forceinline__ void wait_q() const {
     FullBarrier::wait(&shared_.q_full[q_ring_.slot][warpgroup_], q_ring_.phase);
   }
-  __device__ __forceinline__ void release_q() {
-    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
+  // keep: the tile's output needs the place.
+  __device__ __forceinline__ void release_q(bool keep = kTile.tma_store) {
+    if (!keep && threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
     q_ring_.advance();
+  }
+  // Once TMA has read the output of tile_.
+  __device__ __forceinline__ void release_output() const {
+    if (kTile.tma_store && threadIdx.x % 32 == 0) {
+      tma_store_wait<0>();
+      EmptyBarrier::arrive(&shared_.q_empty[q_slot_][warpgroup_]);
+    }
   }
   __device__ __forceinline__ void skip_blocks(int count) {
     for (int i = 0; i < count; ++i) {

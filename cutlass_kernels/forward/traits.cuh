@@ -29,10 +29,15 @@ struct ForwardArguments {
   TileScheduler scheduler;
 };
 
+struct TmaStoreArguments : ForwardArguments {
+  CUtensorMap out_map;
+};
+
 template <class Element_, int kTileIndex>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr ForwardTile kTile = kForwardTiles[kTileIndex];
+  using Arguments = std::conditional_t<kTile.tma_store, TmaStoreArguments, ForwardArguments>;
   static constexpr int kHeadDim = kTile.head_dim;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kQStages = kTile.q_stages;
@@ -45,6 +50,8 @@ struct ForwardTraits {
 
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
   static_assert(kStages >= 3);  // K of the next block, V of this one, and one to load
+  static_assert(!kTile.tma_store ||
+                (kTile.overlap && kQStages >= 2));  // the next tile's Q beside this one's output
   static_assert(kSpecialised || !kTile.dependent_launch);
   static_assert(kCluster == 1 || (kSlabs % kCluster == 0 && kSpecialised && kTile.overlap));
 
