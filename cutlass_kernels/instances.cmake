@@ -24,4 +24,6 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|pdl"
     "bf16|128|pdl"
     "bf16|64|tma_store"
-    "bf16|128|tma_store")
+    "bf16|128|tma_store"
+    "bf16|128|q_registers"
+    "bf16|128|q_registers_6")

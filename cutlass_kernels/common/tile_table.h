@@ -25,6 +25,7 @@ struct ForwardTile {
   int cluster = 1;          // CTAs that take neighbouring tiles of a head and share their K and V loads
   bool dependent_launch = false;  // the next launch of the stream may start under the end of this one
   bool tma_store = false;         // the output leaves through the tile's Q stage and TMA
+  bool q_in_registers = false;    // Q is copied to registers once a tile, and its stage is free at once
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -44,13 +45,15 @@ constexpr ForwardTile kForwardTiles[] = {
     {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, -1.0f},
     {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
-    // Not measured yet; after the threshold: cluster, dependent launch, TMA store.
+    // Not measured yet; after the threshold: cluster, dependent launch, TMA store, Q in registers.
     {"cluster", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2},
     {"cluster", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2},
     {"pdl", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 1, true},
     {"pdl", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 1, true},
     {"tma_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 1, false, true},
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 1, false, true},
+    {"q_registers", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 1, false, false, true},
+    {"q_registers_6", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 1, false, false, true},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

@@ -9,6 +9,8 @@
 // so the tensor cores do not run dry between tiles.
 #pragma once
 
+#include <cute/arch/copy_sm75.hpp>
+
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
 #include "forward/epilogue.cuh"
@@ -28,6 +30,7 @@ class Mainloop {
   using Output =
       decltype(partition_fragment_C(typename Traits::MmaPV{}, Shape<_64, Int<Traits::kHeadDim>>{}));
   using Probabilities = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
+  using Q = decltype(make_tensor<Element>(typename Traits::LayoutQRegisters{}));
 
   typename Traits::Arguments const& args_;
   Shared& shared_;
@@ -38,6 +41,7 @@ class Mainloop {
 
   Output output_;            // 64 x head_dim, FP32
   Probabilities p_;          // 64 x kBlockN, of the last block whose QK is done
+  Q q_;                      // 64 x head_dim of the present tile (q_in_registers)
   Softmax softmax_;          // of the tile that p_ belongs to
   Tile tile_;                // that tile
   int q_slot_;               // where its Q was, and its output will be (tma_store)
@@ -76,6 +80,10 @@ class Mainloop {
       if (tile_end > 0) release_q(false);
       store_empty<Traits>(args_, tile, first_row(tile));
       return;
+    }
+    if constexpr (kTile.q_in_registers) {
+      load_q();
+      release_q();
     }
     if constexpr (kTile.overlap) {
       refill(skipped);
@@ -122,7 +130,7 @@ class Mainloop {
     wait_product<kPending ? 1 : 0>(s);
     if (!kPending && started_) skip_blocks(1);
     release_slot(k_slot);
-    if (n == 0) release_q();
+    if (n == 0 && !kTile.q_in_registers) release_q();
     prepare_scores(s, n, range, first_row(tile));
     Softmax fresh(args_.scale_log2, kTile.rescale_threshold);
     fresh.step(s, alpha);  // nothing to rescale yet
@@ -151,7 +159,7 @@ class Mainloop {
     if (kTile.ping_pong == PingPong::kAfterPV) baton_.pass();
     wait_product<1>(s);
     release_slot(k_slot);
-    if (n == 0) release_q();
+    if (n == 0 && !kTile.q_in_registers) release_q();
     prepare_scores(s, n, range, first_row(tile_));
     bool const rescale = softmax_.step(s, alpha);
     // NOTE: the next turn's block is waited for here because the wait is a loop: with the fence before it,
@@ -220,7 +228,7 @@ class Mainloop {
       wait_product<0>(s);
       baton_.pass();
       release_block();
-      if (n == 0) release_q();
+      if (n == 0 && !kTile.q_in_registers) release_q();
       prepare_scores(s, n, range, first_row(tile));
       bool const rescale = softmax_.step(s, alpha);
       convert(s, p_);
@@ -240,10 +248,28 @@ class Mainloop {
     return partition_fragment_C(typename Traits::MmaQK{}, Shape<_64, Int<kBlockN>>{});
   }
 
-  __device__ __forceinline__ auto q_operand() const {
-    Tensor q = make_tensor(make_smem_ptr(shared_.q[q_ring_.slot][warpgroup_]), typename Traits::LayoutQ{});
-    auto thread = typename Traits::MmaQK{}.get_slice(0);
-    return thread.make_fragment_A(thread.partition_A(q));
+  __device__ __forceinline__ decltype(auto) q_operand() const {
+    if constexpr (kTile.q_in_registers) {
+      return (q_);
+    } else {
+      Tensor q = make_tensor(make_smem_ptr(shared_.q[q_ring_.slot][warpgroup_]), typename Traits::LayoutQ{});
+      auto thread = typename Traits::MmaQK{}.get_slice(0);
+      return thread.make_fragment_A(thread.partition_A(q));
+    }
+  }
+  // Q from its stage to registers: four 8 x 8 matrices at a time, 16 rows of the warp by 16 columns. Lane i
+  // has the address of row i % 8 of matrix i / 8, in TMA's 128-byte swizzle.
+  __device__ __forceinline__ void load_q() {
+    int const lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    Element const* const q = shared_.q[q_ring_.slot][warpgroup_] + row * 64;
+    Tensor words = recast<uint32_t>(q_);
+    CUTE_UNROLL
+    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+      int const octet = (2 * k % 8 + lane / 16) ^ (lane % 8);
+      SM75_U32x4_LDSM_N::copy(reinterpret_cast<uint128_t const&>(q[2 * k / 8 * 64 * 64 + octet * 8]),
+                              words(4 * k), words(4 * k + 1), words(4 * k + 2), words(4 * k + 3));
+    }
+    __syncwarp();  // every lane has its rows before one of them gives the stage back
   }
   __device__ __forceinline__ auto k_operand() const {
     Tensor k = make_tensor(make_smem_ptr(shared_.kv[ring_.slot]), typename Traits::LayoutK{});

@@ -51,7 +51,8 @@ struct ForwardTraits {
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
   static_assert(kStages >= 3);  // K of the next block, V of this one, and one to load
   static_assert(!kTile.tma_store ||
-                (kTile.overlap && kQStages >= 2));  // the next tile's Q beside this one's output
+                (kTile.overlap && kQStages >= 2));           // the next tile's Q beside this one's output
+  static_assert(!kTile.tma_store || !kTile.q_in_registers);  // one of them can have the Q stage
   static_assert(kSpecialised || !kTile.dependent_launch);
   static_assert(kCluster == 1 || (kSlabs % kCluster == 0 && kSpecialised && kTile.overlap));
 
@@ -63,14 +64,23 @@ struct ForwardTraits {
   using LayoutVt = decltype(tile_to_shape(GMMA::Layout_MN_SW128_Atom<Element>{},
                                           Shape<Int<kHeadDim>, Int<kBlockN>>{}, Step<_2, _1>{}));
 
-  using MmaQK = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kBlockN>, Int<kHeadDim>>>()));
+  template <bool kQInRegisters>
+  static constexpr auto qk_atom() {
+    using Sizes = Shape<_64, Int<kBlockN>, Int<kHeadDim>>;
+    if constexpr (kQInRegisters)
+      return GMMA::rs_op_selector<Element, Element, float, Sizes>();
+    else
+      return GMMA::ss_op_selector<Element, Element, float, Sizes>();
+  }
+  using MmaQK = decltype(make_tiled_mma(qk_atom<kTile.q_in_registers>()));
   using MmaPV = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, Int<kBlockN>>, GMMA::Major::K,
                            GMMA::Major::MN>()));
 
   // P as the A operand of P V, in registers: (MMA, 1, kBlockN / 16).
   using LayoutP = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>;
+  // The same for Q, where it is in registers: (MMA, 1, kHeadDim / 16).
+  using LayoutQRegisters = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kHeadDim / 16>>>;
 
   struct SharedStorage {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];
