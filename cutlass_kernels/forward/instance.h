@@ -8,8 +8,13 @@
 
 namespace hopper_fa {
 
+struct Device {
+  int index, sms;  // the current one, and its multiprocessors
+};
+constexpr int kCachedDevices = 64;  // the first ones of a machine: what they answer is asked for once
+
 template <DType kDType, int kTileIndex>
-Status launch_forward(ForwardParams const& params, int num_sms, cudaStream_t stream);
+Status launch_forward(ForwardParams const& params, Device device, cudaStream_t stream);
 
 namespace dtype_token {  // the names instances.cmake uses
 constexpr DType bf16 = DType::kBF16, fp16 = DType::kFP16, e4m3 = DType::kE4M3, int8 = DType::kInt8;
