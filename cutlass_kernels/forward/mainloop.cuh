@@ -12,12 +12,11 @@
 // core keeps 13 bits of what it adds up, so its sums must be short.
 #pragma once
 
-#include <cute/arch/copy_sm75.hpp>
-
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
 #include "forward/epilogue.cuh"
 #include "forward/epilogue_tma.cuh"
+#include "forward/operands.cuh"
 #include "forward/traits.cuh"
 
 namespace hopper_fa {
@@ -97,7 +96,7 @@ class Mainloop {
       return;
     }
     if constexpr (kTile.q_in_registers) {
-      load_q();
+      load_q_registers<Traits>(shared_.q[q_ring_.slot][warpgroup_], q_);
       release_q();
     }
     if constexpr (kTile.overlap) {
@@ -366,7 +365,7 @@ class Mainloop {
   // Makes P the A operand of the next P V, rounded.
   template <class Scores>
   __device__ __forceinline__ void accept(Scores const& p, float const (&alpha)[2]) {
-    convert(p, p_);
+    round_probabilities<Traits>(p, p_);
     alpha_[0] = alpha[0], alpha_[1] = alpha[1];
   }
 
@@ -375,11 +374,6 @@ class Mainloop {
       clear(output_);
       row_sum_[0] = row_sum_[1] = 0;
     }
-  }
-
-  // Of this thread's first row in the warpgroup's 64; its second is 8 further.
-  static __device__ __forceinline__ int row_in_tile() {
-    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   }
 
   __device__ __forceinline__ int first_row(Tile const& tile) const {
@@ -391,44 +385,15 @@ class Mainloop {
   }
 
   __device__ __forceinline__ decltype(auto) q_operand() const {
-    if constexpr (kTile.q_in_registers) {
+    if constexpr (kTile.q_in_registers)
       return (q_);
-    } else {
-      Tensor q = make_tensor(make_smem_ptr(shared_.q[q_ring_.slot][warpgroup_]), typename Traits::LayoutQ{});
-      auto thread = typename Traits::MmaQK{}.get_slice(0);
-      return thread.make_fragment_A(thread.partition_A(q));
-    }
+    else
+      return q_fragment<Traits>(shared_.q[q_ring_.slot][warpgroup_]);
   }
-  // Q from its stage to registers: four 8 x 8 matrices at a time, 16 rows of the warp by 16 columns. Lane i
-  // has the address of row i % 8 of matrix i / 8, in TMA's 128-byte swizzle.
-  __device__ __forceinline__ void load_q() {
-    int const lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-    typename Traits::Element const* const q = shared_.q[q_ring_.slot][warpgroup_] + row * 64;
-    Tensor words = recast<uint32_t>(q_);
-    CUTE_UNROLL
-    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-      int const octet = (2 * k % 8 + lane / 16) ^ (lane % 8);
-      SM75_U32x4_LDSM_N::copy(reinterpret_cast<uint128_t const&>(q[2 * k / 8 * 64 * 64 + octet * 8]),
-                              words(4 * k), words(4 * k + 1), words(4 * k + 2), words(4 * k + 3));
-    }
-    __syncwarp();  // every lane has its rows before one of them gives the stage back
-  }
-  __device__ __forceinline__ auto k_operand() const {
-    Tensor k = make_tensor(slot_ptr<typename Traits::Element>(0), typename Traits::LayoutK{});
-    auto thread = typename Traits::MmaQK{}.get_slice(0);
-    return thread.make_fragment_B(thread.partition_B(k));
-  }
+  __device__ __forceinline__ auto k_operand() const { return k_fragment<Traits>(shared_.kv[ring_.slot]); }
   template <int kPart>
   __device__ __forceinline__ auto v_operand() const {
-    Tensor v = make_tensor(
-        slot_ptr<typename Traits::ElementV>(kPart * (Traits::kHeadDim / Traits::kParts) * kBlockN),
-        decltype(Traits::template layout_vt<kPart>()){});
-    auto thread = typename Traits::template MmaPV<kPart>{}.get_slice(0);
-    return thread.make_fragment_B(thread.partition_B(v));
-  }
-  template <class Element>
-  __device__ __forceinline__ auto slot_ptr(int offset) const {
-    return make_smem_ptr(reinterpret_cast<Element*>(shared_.kv[ring_.slot]) + offset);
+    return v_fragment<Traits, kPart>(shared_.kv[ring_.slot]);
   }
 
   // The scores in FP32, negated and masked as need be.
@@ -451,33 +416,6 @@ class Mainloop {
       mask_scores(s, visible);
     }
     return s;
-  }
-
-  // NOTE: the FP32 accumulator of S and the 16-bit A operand of P V hold the same elements in the same
-  // threads in the same order, so P never leaves its registers. The 8-bit A operand wants four neighbouring
-  // keys of a row where the accumulator has two and, 8 keys on, two more: it takes them as they are, and V's
-  // keys are permuted to match (Fp8Params).
-  template <class Scores, class Probabilities>
-  static __device__ __forceinline__ void convert(Scores const& s, Probabilities& p) {
-    using Element = typename Traits::ElementV;
-    static_assert(decltype(size(s))::value == decltype(size(p))::value);
-    constexpr int kWidth = 4 / sizeof(Element);  // elements of a register
-    cutlass::NumericArrayConverter<Element, float, kWidth> round;
-    CUTE_UNROLL
-    for (int i = 0; i < size(s); i += kWidth) {
-      cutlass::Array<float, kWidth> values;
-      // Register i / 4 of an 8-bit operand: row (i / 4) % 2 of score octets 2 (i / 8) and 2 (i / 8) + 1.
-      CUTE_UNROLL
-      for (int j = 0; j < kWidth; ++j)
-        values[j] = s(kFp8 ? i / 8 * 8 + j / 2 * 4 + i / 4 % 2 * 2 + j % 2 : i + j);
-      recast<cutlass::Array<Element, kWidth>>(p)(i / kWidth) = round(values);
-    }
-  }
-
-  template <class Output>
-  static __device__ __forceinline__ void scale_rows(Output& output, float const (&factor)[2]) {
-    CUTE_UNROLL
-    for (int i = 0; i < size(output); ++i) output(i) *= factor[(i >> 1) & 1];
   }
 
   __device__ __forceinline__ void wait_block() const {
