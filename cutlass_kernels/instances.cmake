@@ -19,3 +19,6 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|128|eager_rescale"
     "bf16|64|fma_exp2"
     "bf16|64|early_pass")
+
+# Quantisation, by input type; with -DHOPPER_FA_EXPERIMENTS=ON only, until they have run on a GPU.
+set(HOPPER_FA_QUANTIZE_EXPERIMENT_INSTANCES "bf16" "fp16" "e4m3")

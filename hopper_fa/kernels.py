@@ -29,7 +29,7 @@ tile_order = _C.tile_order
 choose_warpgroups = _C.choose_warpgroups
 
 _STATUS_OK = _C.STATUS_OK
-_STATUS_SENTENCES = {
+STATUS_SENTENCES = {
     _C.STATUS[
         "no_instance"
     ]: "this build holds no kernel for the dtype and head dim; see hopper_fa.build_info()",
@@ -176,7 +176,7 @@ def forward(
     )
     # fmt: on
     if status != _STATUS_OK:
-        raise RuntimeError(f"hopper_fa forward was not launched: {_STATUS_SENTENCES[status]}.")
+        raise RuntimeError(f"hopper_fa forward was not launched: {STATUS_SENTENCES[status]}.")
 
 
 def _not_built(dtype: torch.dtype, head_dim: int, variant: str) -> str:

@@ -1,6 +1,7 @@
 // Finds the instance a call asks for and runs it.
 #include "hopper_fa/forward.h"
 
+#include "common/device.h"
 #include "forward/instance.h"
 
 namespace hopper_fa {
@@ -23,17 +24,6 @@ Instance const* find(DType dtype, int tile) {
   for (Instance const& i : kInstances)
     if (i.dtype == dtype && i.tile == tile) return &i;
   return nullptr;
-}
-
-// Multiprocessors of the current device, 0 if it is not compute capability 9.0.
-int hopper_sms() {
-  int device, major, minor, sms;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 0;
-  return major == 9 && minor == 0 ? sms : 0;
 }
 
 bool misaligned(TensorRef const& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 != 0; }

@@ -5,7 +5,7 @@
 
 namespace hopper_fa {
 
-enum class DType : int { kBF16 = 0, kFP16 = 1 };
+enum class DType : int { kBF16 = 0, kFP16 = 1, kE4M3 = 2, kINT8 = 3 };
 
 // Why a call did not launch. kOk means the kernel is in the stream, not that it has finished.
 enum class Status : int {
