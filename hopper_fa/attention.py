@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
+from hopper_fa import backend as backends
 from hopper_fa import ops
+from hopper_fa.quantization import QuantizedQKV, from_fp8
+from hopper_fa.recipe import Fp8Recipe
 
 # Arguments of FlashAttention that are not built yet, with the values that ask for nothing, the default first.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -49,6 +52,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     backend: str | None = None,
+    recipe: Fp8Recipe | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention O = softmax(softmax_scale * Q K^T + mask) V, without the score matrix in memory.
 
@@ -57,9 +61,13 @@ def flash_attn_func(
     NOTE: FlashAttention-2 has dropout_p before softmax_scale: code that passes a positional dropout_p of 0.0
     asks for a softmax_scale of 0.0 here.
 
+    In FP8, which is not exact: with a recipe, bfloat16 and float16 tensors are quantised by it inside the
+    call; tensors that are float8_e4m3fn already are used as they are, times their descales.
+
     Args:
-        q: (batch, seqlen_q, heads_q, head_dim), bfloat16 or float16, head_dim a multiple of 8 up to 256. Any
-            strides that are multiples of 8 elements, the last one 1; data 16-byte aligned.
+        q: (batch, seqlen_q, heads_q, head_dim), bfloat16, float16 or float8_e4m3fn, head_dim a multiple of 8
+            up to 256. Strides, except of float8_e4m3fn, multiples of 8 elements, the last one 1; data 16-byte
+            aligned.
         k, v: (batch, seqlen_k, heads_kv, head_dim), same dtype and device; heads_q must be a multiple of
             heads_kv, and query head h reads key/value head h // (heads_q // heads_kv).
         softmax_scale: factor on the scores, from -2**64 to 2**64, also 0; None means 1 / sqrt(head_dim). The
@@ -68,18 +76,24 @@ def flash_attn_func(
         return_lse: also return the log-sum-exp of each row.
         deterministic: accepted; the forward is always bit-reproducible.
         backend: "auto" (the CUDA kernels), "cuda", "emulator" (their arithmetic in torch, slow, any device)
-            or "reference" (float64, slow). None: the environment variable HOPPER_FA_BACKEND, or "auto".
-        qv, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap, num_splits, pack_gqa,
+            or "reference" (float64, slow; with a recipe it still takes the tensors unquantised). None: the
+            environment variable HOPPER_FA_BACKEND, or "auto". In FP8 only the last two exist so far.
+        recipe: compute in FP8, by this recipe. For float8_e4m3fn tensors None means Fp8Recipe.fa3(), and see
+            `quantization.from_fp8` for what another may change.
+        q_descale, k_descale, v_descale: of float8_e4m3fn tensors: (batch, heads_kv) float32, what to multiply
+            them by; None means 1.
+        qv, window_size, attention_chunk, softcap, num_splits, pack_gqa,
             sm_margin, return_attn_probs, dropout_p, alibi_slopes: not built yet; neutral values only.
 
     Returns:
-        out: (batch, seqlen_q, heads_q, head_dim), contiguous; 0 in rows that see no key.
+        out: (batch, seqlen_q, heads_q, head_dim) in q's dtype (bfloat16 for float8_e4m3fn), contiguous; 0 in
+            rows that see no key.
         lse, if return_lse: natural logarithm, (batch, heads_q, seqlen_q), float32; -inf where no key is seen.
         Neither is differentiable yet: backward() raises NotImplementedError.
 
     Raises:
         TypeError, ValueError: an input the kernels do not take, found before anything is launched.
-        RuntimeError: no backend can run the call (device is not Hopper, instance not built).
+        RuntimeError: no backend can run the call (device is not Hopper, instance not built, FP8).
         NotImplementedError: an argument is not at its neutral value.
     """
     # fmt: off
@@ -88,9 +102,51 @@ def flash_attn_func(
         sm_margin, return_attn_probs, dropout_p, alibi_slopes,
     )
     # fmt: on
+    is_fp8 = q.dtype == torch.float8_e4m3fn
+    if is_fp8:
+        options = (qv, None, None, None, *options[4:])
     if options != _NEUTRAL:
         _refuse_options(options)
-    out, lse = ops.forward(q, k, v, softmax_scale, causal, backend)
+    if is_fp8:
+        out, lse = ops.without_backward(
+            lambda: backends.run_quantized(
+                from_fp8(q, k, v, q_descale, k_descale, v_descale, recipe),
+                softmax_scale,
+                causal,
+                torch.bfloat16,
+                backend,
+            ),
+            *(t for t in (q, k, v, q_descale, k_descale, v_descale) if t is not None),
+        )
+    elif recipe is not None:
+        out, lse = ops.without_backward(
+            lambda: backends.run_recipe(q, k, v, softmax_scale, causal, recipe, backend), q, k, v
+        )
+    else:
+        out, lse = ops.forward(q, k, v, softmax_scale, causal, backend)
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_quantized_func(
+    qkv: QuantizedQKV,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over tensors that `quantize_qkv` made, by the recipe they carry. Not differentiable.
+
+    Args:
+        softmax_scale, causal, return_lse: as in `flash_attn_func`.
+        out_dtype: of the output, bfloat16 or float16.
+        backend: "emulator" (any device) or "reference" (float64 on what the quantised tensors stand for);
+            "auto" and "cuda" raise RuntimeError, because no FP8 kernel is built yet.
+
+    Returns and raises: as `flash_attn_func`.
+    """
+    out, lse = backends.run_quantized(qkv, softmax_scale, causal, out_dtype, backend)
     return (out, lse) if return_lse else out
 
 

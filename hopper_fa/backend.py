@@ -5,8 +5,10 @@ import os
 
 import torch
 
-from hopper_fa import emulator, kernels, reference
-from hopper_fa.validation import check_forward
+from hopper_fa import emulator, emulator_fp8, kernels, reference
+from hopper_fa.quantization import QuantizedQKV, quantize_qkv
+from hopper_fa.recipe import Fp8Recipe
+from hopper_fa.validation import check_forward, check_out_dtype, check_softmax
 
 BACKENDS = ("auto", "cuda", "emulator", "reference")
 ENVIRONMENT_VARIABLE = "HOPPER_FA_BACKEND"
@@ -46,6 +48,68 @@ def run_forward(
     return out.to(q.dtype).contiguous(), lse.float().contiguous()
 
 
+def run_recipe(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    recipe: Fp8Recipe,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`run_forward` with Q, K and V quantised by `recipe`; the backend "reference" leaves them as they are.
+
+    Raises:
+        TypeError, ValueError: see `validation.check_forward`; unknown backend.
+        RuntimeError: the backend has no kernel for it.
+    """
+    check_forward(q, k, v, softmax_scale, causal)
+    if resolve_fp8(backend) == "reference":
+        return run_forward(q, k, v, softmax_scale, causal, "reference")
+    return run_quantized(quantize_qkv(q, k, v, recipe), softmax_scale, causal, q.dtype, backend)
+
+
+def run_quantized(
+    qkv: QuantizedQKV,
+    softmax_scale: float | None,
+    causal: bool,
+    out_dtype: torch.dtype,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over quantised tensors; the backend "reference" is float64 on what they stand for.
+
+    Returns:
+        out: (batch, seqlen_q, heads_q, head_dim) in out_dtype, contiguous; lse as in `run_forward`.
+
+    Raises:
+        TypeError, ValueError: an argument the kernels do not take; unknown backend.
+        RuntimeError: the backend has no kernel for it.
+    """
+    check_softmax(softmax_scale, causal)
+    check_out_dtype(out_dtype)
+    with torch.no_grad():
+        if resolve_fp8(backend) == "emulator":
+            return emulator_fp8.attention_fp8_emulated(qkv, softmax_scale, causal, out_dtype)
+        out, lse = emulator_fp8.attention_dequantized(qkv, softmax_scale, causal)
+    return out.to(out_dtype).contiguous(), lse.float().contiguous()
+
+
+def resolve_fp8(backend: str | None) -> str:
+    """The backend, "emulator" or "reference", that runs a call in FP8; see `resolve`.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: the CUDA kernels were asked for, or nothing else was.
+    """
+    name = _asked_for(backend)
+    if name == "auto" or name == "cuda":
+        raise RuntimeError(
+            "no FP8 kernel is built in this version of hopper_fa; ask for the slow emulation of one with "
+            f'backend="emulator" or {ENVIRONMENT_VARIABLE}=emulator.'
+        )
+    return name
+
+
 def resolve(backend: str | None, device: torch.device) -> str:
     """The backend, "cuda", "emulator" or "reference", that runs a call on tensors of `device`.
 
@@ -56,11 +120,16 @@ def resolve(backend: str | None, device: torch.device) -> str:
         ValueError: unknown backend.
         RuntimeError: the CUDA kernels were asked for, or nothing else was, and `device` is not a Hopper GPU.
     """
-    name = backend or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    name = _asked_for(backend)
     if name == "auto" or name == "cuda":
         if device.type == "cuda" and _is_hopper(device.index):
             return "cuda"
         raise RuntimeError(_no_kernel_sentence(device))
+    return name
+
+
+def _asked_for(backend: str | None) -> str:
+    name = backend or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if name not in BACKENDS:
         raise ValueError(
             f"backend is {name!r}; allowed are {', '.join(BACKENDS)}; pass one as backend= or in "

@@ -7,11 +7,13 @@ multiply-adds in the exp2 polynomial. All of it is far below the rounding of P.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from hopper_fa import kernels
 
+LOG2_E = math.log2(math.e)
 _ROWS = 64  # of a warpgroup, the unit whose key blocks are counted
 _SMALLEST_SCALE = 2.0**-149  # stands in for 0, because 0 * -inf would turn masked scores into NaN
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it to a float32 leaves the rounded integer in the low mantissa bits
@@ -49,36 +51,22 @@ def attention_emulated(
     octets = tile["fma_exp2_octets"] if fma_exp2_octets is None else fma_exp2_octets
     threshold = tile["rescale_threshold"] if rescale_threshold is None else rescale_threshold
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    scale_log2 = torch.tensor(abs(scale) * math.log2(math.e) or _SMALLEST_SCALE, dtype=torch.float32).item()
+    scale_log2 = positive_log2_scale(scale)
 
-    # Heads that share K and V side by side; rows zero-padded to whole warpgroups, as by the loads.
-    groups = -(-seqlen_q // _ROWS)
-    rows = groups * _ROWS
-    q32 = q.new_zeros((batch, heads_q, rows, head_dim), dtype=torch.float32)
-    q32[:, :, :seqlen_q] = -q.transpose(1, 2) if scale < 0 else q.transpose(1, 2)
-    q32 = q32.unflatten(
-        1, (heads_kv, heads_q // heads_kv)
-    )  # (batch, heads_kv, heads_q / heads_kv, rows, head_dim)
+    q32 = heads_by_kv(-q if scale < 0 else q, heads_kv)
     k32 = k.transpose(1, 2)[:, :, None].float()  # (batch, heads_kv, 1, seqlen_k, head_dim)
     v32 = v.transpose(1, 2)[:, :, None].float()
     out = torch.zeros_like(q32)
     row_max = q32.new_full(q32.shape[:-1], float("-inf"))
     row_sum = torch.zeros_like(row_max)
 
-    ranges = [
-        kernels.block_range(row, _ROWS, seqlen_q, seqlen_k, causal, block_n) for row in range(0, rows, _ROWS)
-    ]
-    last_key = torch.arange(rows, device=q.device) + (seqlen_k - seqlen_q) if causal else None
-    for block in reversed(range(max((end for end, _ in ranges), default=0))):
-        # Later rows see more keys, so the warpgroups that visit a block are the last ones.
-        first_row = _ROWS * next(i for i, (end, _) in enumerate(ranges) if end > block)
+    for first_row, keys, hidden in key_blocks(seqlen_q, seqlen_k, causal, block_n, q.device):
         visiting = (..., slice(first_row, None))
-        keys = slice(block * block_n, min((block + 1) * block_n, seqlen_k))
         s = q32[..., first_row:, :] @ k32[..., keys, :].transpose(-1, -2)  # (..., rows - first_row, keys)
-        if causal:
-            columns = torch.arange(keys.start, keys.stop, device=q.device)
-            s.masked_fill_(columns > last_key[first_row:, None], float("-inf"))
-        _rescale(row_max[visiting], row_sum[visiting], out[..., first_row:, :], s, scale_log2, threshold)
+        if hidden is not None:
+            s.masked_fill_(hidden, float("-inf"))
+        sums = row_sum[visiting], out[..., first_row:, :]
+        rescale(row_max[visiting], s, scale_log2, threshold, *sums)
         p = _probabilities(s, row_max[visiting], scale_log2, octets)
         row_sum[visiting] += p.sum(-1)
         out[..., first_row:, :] += p.to(q.dtype).float() @ v32[..., keys, :]
@@ -91,15 +79,55 @@ def attention_emulated(
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2)[:, :, :seqlen_q].contiguous()
 
 
-def _rescale(
-    row_max: torch.Tensor,
-    row_sum: torch.Tensor,
-    out: torch.Tensor,
-    scores: torch.Tensor,
-    scale_log2: float,
-    threshold: float,
+def positive_log2_scale(softmax_scale: float) -> float:
+    """|softmax_scale| * log2 e in float32, never 0; for a negative scale the scores are negated instead."""
+    return torch.tensor(abs(softmax_scale) * LOG2_E or _SMALLEST_SCALE, dtype=torch.float32).item()
+
+
+def heads_by_kv(t: torch.Tensor, heads_kv: int) -> torch.Tensor:
+    """Query heads that share K and V side by side, rows zero-padded to whole warpgroups, as by the loads.
+
+    (batch, seqlen_q, heads_q, d) to (batch, heads_kv, heads_q / heads_kv, rows, d) float32.
+    """
+    batch, seqlen_q, heads_q, d = t.shape
+    padded = t.new_zeros((batch, heads_q, -(-seqlen_q // _ROWS) * _ROWS, d), dtype=torch.float32)
+    padded[:, :, :seqlen_q] = t.transpose(1, 2)
+    return padded.unflatten(1, (heads_kv, heads_q // heads_kv))
+
+
+def key_blocks(
+    seqlen_q: int, seqlen_k: int, causal: bool, block_n: int, device: torch.device
+) -> Iterator[tuple[int, slice, torch.Tensor | None]]:
+    """The key blocks in the kernel's order, last to first.
+
+    Yields:
+        first_row: the rows from it on visit the block, because later rows see more keys.
+        keys: of the block, those that exist.
+        hidden: (rows - first_row, keys) bool, True where the causal mask hides a key; None if not causal.
+    """
+    rows = -(-seqlen_q // _ROWS) * _ROWS
+    ends = [
+        kernels.block_range(row, _ROWS, seqlen_q, seqlen_k, causal, block_n)[0]
+        for row in range(0, rows, _ROWS)
+    ]
+    last_key = torch.arange(rows, device=device) + (seqlen_k - seqlen_q)
+    for block in reversed(range(max(ends, default=0))):
+        first_row = _ROWS * next(i for i, end in enumerate(ends) if end > block)
+        keys = slice(block * block_n, min((block + 1) * block_n, seqlen_k))
+        columns = torch.arange(keys.start, keys.stop, device=device)
+        yield first_row, keys, columns > last_key[first_row:, None] if causal else None
+
+
+def rescale(
+    row_max: torch.Tensor, scores: torch.Tensor, scale_log2: float, threshold: float, *sums: torch.Tensor
 ) -> None:
-    """Lazy rescaling, in place: a row follows its maximum once that outgrew the threshold."""
+    """Lazy rescaling, in place: a row follows its maximum once that outgrew the threshold.
+
+    Args:
+        row_max: (..., rows), what P is relative to; scores: (..., rows, keys), -inf where masked.
+        scale_log2: from their units to log2. threshold: in log2.
+        sums: (..., rows) or (..., rows, d), what was summed relative to row_max so far.
+    """
     new_max = torch.maximum(row_max, scores.amax(-1))
     outgrown = ~((new_max - row_max) * scale_log2 <= threshold)  # True for NaN and for -inf - -inf
     outgrown &= new_max != float("-inf")
@@ -107,8 +135,8 @@ def _rescale(
         return
     alpha = ((row_max - new_max) * scale_log2).exp2_().masked_fill_(~outgrown, 1.0)
     row_max.copy_(torch.where(outgrown, new_max, row_max))
-    row_sum.mul_(alpha)
-    out.mul_(alpha[..., None])
+    for t in sums:
+        t.mul_(alpha[..., None] if t.ndim > alpha.ndim else alpha)
 
 
 def _probabilities(

@@ -1,5 +1,6 @@
 """torch.library operator of the forward: schema, fake, autograd. torch.compile sees only this."""
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -65,3 +66,21 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> NoReturn:
 
 
 _forward_op.register_autograd(_backward)
+
+
+class _WithoutBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return run()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        _backward(ctx, *grads)
+
+
+def without_backward(run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """run(), whose outputs depend on `inputs` as far as autograd is concerned; the backward raises.
+
+    For what is no operator yet: the calls in FP8.
+    """
+    return _WithoutBackward.apply(run, *inputs)

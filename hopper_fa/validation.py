@@ -27,6 +27,16 @@ def check_forward(
     check_memory("q", q)
     check_memory("k", k)
     check_memory("v", v)
+    check_softmax(softmax_scale, causal)
+
+
+def check_softmax(softmax_scale: float | None, causal: bool) -> None:
+    """The arguments of an attention call that are no tensors.
+
+    Raises:
+        TypeError: causal is no bool.
+        ValueError: a scale the kernels do not take.
+    """
     if softmax_scale is not None and not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
         raise ValueError(
             f"softmax_scale is {softmax_scale}; it must be from -2**64 to 2**64; pass another or None."
@@ -50,6 +60,15 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; all must be torch.bfloat16 or all "
             "torch.float16; convert them with .to()."
         )
+    check_sizes(q, k, v)
+
+
+def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """`check_shapes` for any dtype.
+
+    Raises:
+        ValueError: they do not fit together, or no kernel takes them.
+    """
     device = q.device
     if k.device != device or v.device != device:
         raise ValueError(
@@ -81,6 +100,43 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(
             f"q of shape {tuple(q.shape)} makes {MAX_TILES} or more tiles of 64 rows; fewer are "
             "allowed; split the batch."
+        )
+
+
+def check_fp8_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """`check_shapes` for tensors that are float8_e4m3fn.
+
+    Raises:
+        ValueError: another dtype, they do not fit together, or no kernel takes them.
+    """
+    e4m3 = torch.float8_e4m3fn
+    if q.dtype != e4m3 or k.dtype != e4m3 or v.dtype != e4m3:
+        raise ValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; if one is torch.float8_e4m3fn all must "
+            "be; convert them with .to()."
+        )
+    check_sizes(q, k, v)
+
+
+def check_descale(name: str, descale: torch.Tensor, k: torch.Tensor) -> None:
+    """A scale for each key/value head of k (batch, seqlen_k, heads_kv, head_dim), as in FlashAttention-3.
+
+    Raises:
+        ValueError: it is not (batch, heads_kv) float32 on k's device.
+    """
+    shape = (k.shape[0], k.shape[2])
+    if descale.shape != shape or descale.dtype != torch.float32 or descale.device != k.device:
+        raise ValueError(
+            f"{name} is {descale.dtype} of shape {tuple(descale.shape)} on {descale.device}; it must be "
+            f"torch.float32 of shape (batch, heads_kv) = {shape} on {k.device}; expand or move it."
+        )
+
+
+def check_out_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError if attention over quantised tensors cannot return `dtype`."""
+    if dtype not in DTYPE_NAMES:
+        raise ValueError(
+            f"out_dtype is {dtype}; it must be torch.bfloat16 or torch.float16; convert the output itself."
         )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ SESSION_SEED = int(os.environ.get("HOPPER_FA_TEST_SEED") or int.from_bytes(os.ur
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"hopper_fa: inputs are random; repeat this run with HOPPER_FA_TEST_SEED={SESSION_SEED}"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many operations on small tensors, where threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -93,7 +93,7 @@ def test_rows_rescale_on_their_own() -> None:
     scores[5] = float("-inf")
     row_sum, out = torch.ones(8), torch.ones(8, 8)
     row_sum[6] = out[6] = 0
-    emulator._rescale(row_max, row_sum, out, scores, scale_log2=1.0, threshold=8.0)
+    emulator.rescale(row_max, scores, 1.0, 8.0, row_sum, out)
 
     want_max = torch.zeros(8)
     want_max[3], want_max[5], want_max[6] = 9.0, float("-inf"), 1.0

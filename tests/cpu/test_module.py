@@ -59,7 +59,11 @@ def test_public_names() -> None:
         "flash_attn_func",
         "flash_attn_kvpacked_func",
         "flash_attn_qkvpacked_func",
+        "flash_attn_quantized_func",
+        "Fp8Recipe",
         "merge_attention",
+        "quantize_qkv",
+        "QuantizedQKV",
     }
     assert all(hasattr(hopper_fa, name) for name in hopper_fa.__all__)
 

@@ -1,0 +1,381 @@
+"""From Q, K and V to 8-bit tensors and their scales: smoothing, rotation, rounding, V's layout.
+
+All arithmetic is float32 in a fixed order of operations, so that a kernel can reproduce every bit. What a
+recipe asks for is in hopper_fa/recipe.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
+from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes
+
+PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
+ONES_ROWS = (
+    8  # rows of V^T below the channels: one of ones, the others 0, because products are 8 columns wide
+)
+_CHUNK = 128  # tokens whose sum is formed first in a mean
+_LANES = 16  # sums a chunk, that are then added pairwise
+# Below it a group is all zeros to us: it stays clear of denormal scales and of an infinite inverse.
+_SMALLEST_AMAX = 2.0**-100
+
+
+@dataclass(frozen=True)
+class QuantizedQKV:
+    """8-bit Q, K and V with all that attention over them needs. Made by `quantize_qkv` or `from_fp8`.
+
+    pitch is head_dim rounded up to 16; tile_d the smallest of 64, 128, 256 that holds head_dim; keys_pitch is
+    seqlen_k rounded up to 16. Everything is contiguous and on one device.
+
+    Attributes:
+        q: (batch, seqlen_q, heads_q, pitch), float8_e4m3fn or int8; 0 from head_dim on.
+        k: (batch, seqlen_k, heads_kv, pitch), as q.
+        v: (batch, heads_kv, tile_d + 8, keys_pitch), float8_e4m3fn: V transposed. Row c < head_dim is channel
+            c, row tile_d is 1 for every key (its product with P is the row sum), the other rows and the keys
+            from seqlen_k on are 0. Among 16 keys, position 4 t + 2 h + i holds key 8 h + 2 t + i (t 0..3, h
+            0..1, i 0..1): the order in which a warp's registers of Q K^T are its operand of P V.
+        q_scale: (batch, heads_q, q_groups) float32; row r of Q is q * q_scale[..., r // q_group_rows].
+        k_scale: (batch, heads_kv, k_groups) float32, the same for keys and k_group_rows.
+        v_scale: (batch, heads_kv, head_dim) float32, multiplies V and so the output.
+        v_mean: as v_scale, to be added to the output: V's mean (smooth_v) and that of V's rounding error
+            (compensate_v); None without both.
+        lse_shift: (batch, heads_q, seqlen_q) float32, q . mean(k): what smooth_k took out of every score of
+            a row, before softmax_scale; None without smooth_k.
+        key_bias: (batch, heads_q, seqlen_k) float32, mean(q) . (k - mean(k)): what smooth_q took out of the
+            scores of a key, before softmax_scale; None without smooth_q.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_scale: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    v_mean: torch.Tensor | None
+    lse_shift: torch.Tensor | None
+    key_bias: torch.Tensor | None
+    recipe: Fp8Recipe
+    head_dim: int
+    seqlen_q: int
+    seqlen_k: int
+
+    @property
+    def q_group_rows(self) -> int:
+        """Rows of Q that share an element of q_scale."""
+        return {"token": 1, "block": Q_BLOCK}.get(self.recipe.q_granularity, max(1, self.seqlen_q))
+
+    @property
+    def k_group_rows(self) -> int:
+        """Keys that share an element of k_scale."""
+        return {"token": 1, "block": K_BLOCK}.get(self.recipe.k_granularity, max(1, self.seqlen_k))
+
+    def q_scale_of_rows(self) -> torch.Tensor:
+        """q_scale spread over the rows: (batch, heads_q, seqlen_q)."""
+        return self.q_scale.repeat_interleave(self.q_group_rows, -1)[..., : self.seqlen_q]
+
+    def k_scale_of_keys(self) -> torch.Tensor:
+        """k_scale spread over the keys: (batch, heads_kv, seqlen_k)."""
+        return self.k_scale.repeat_interleave(self.k_group_rows, -1)[..., : self.seqlen_k]
+
+    def v_codes(self) -> torch.Tensor:
+        """V as it was rounded, unscaled: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn."""
+        v = _unpermute_keys(self.v.view(torch.uint8)[:, :, : self.head_dim])[..., : self.seqlen_k]
+        return v.permute(0, 3, 1, 2).contiguous().view(torch.float8_e4m3fn)
+
+    def dequantize(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v as attention sees them: (batch, seqlen, heads, head_dim) float32.
+
+        q and k are still rotated and without their means, so the scores of the original tensors are
+        q . k + key_bias + lse_shift. v includes v_mean.
+        """
+        q = self.q[..., : self.head_dim].float() * self.q_scale_of_rows().transpose(1, 2)[..., None]
+        k = self.k[..., : self.head_dim].float() * self.k_scale_of_keys().transpose(1, 2)[..., None]
+        v = self.v_codes().float() * self.v_scale[:, None]
+        return q, k, v if self.v_mean is None else v + self.v_mean[:, None]
+
+
+@torch.no_grad()
+def quantize_qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
+) -> QuantizedQKV:
+    """Q, K and V in 8 bits by `recipe`. On any device; the result does not depend on the device.
+
+    NaN and infinity stay out of means and scales. In e4m3 they become NaN, and so do the elements that the
+    rotation mixes them with, all of the same token. int8 has no NaN: the scale of their group becomes NaN.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim), bfloat16, float16 or float32; head_dim a multiple of 8 up to
+            256, heads_q a multiple of heads_kv. Any strides.
+        k, v: (batch, seqlen_k, heads_kv, head_dim), dtype and device of q.
+        recipe: None means Fp8Recipe.default().
+
+    Raises:
+        ValueError: dtypes, devices or shapes that do not fit.
+    """
+    recipe = Fp8Recipe.default() if recipe is None else recipe
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; all must be torch.bfloat16, all "
+            "torch.float16 or all torch.float32; convert them with .to()."
+        )
+    check_sizes(q, k, v)
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    heads_kv, head_dim = k.shape[2:]
+    group = q.shape[2] // heads_kv
+    # (batch, heads, seqlen, head_dim) float32 from here on.
+    q32, k32, v32 = (t.transpose(1, 2).float().contiguous() for t in (q, k, v))
+
+    lse_shift = key_bias = v_mean = None
+    if recipe.smooth_k:
+        k_mean = _token_mean(k32)
+        lse_shift = _dot(q32, k_mean.repeat_interleave(group, 1)[:, :, None])
+        k32 = k32 - k_mean[:, :, None]
+    if recipe.smooth_q:
+        q_mean = _token_mean(q32)
+        key_bias = _dot(k32.repeat_interleave(group, 1), q_mean[:, :, None])
+        q32 = q32 - q_mean[:, :, None]
+    if recipe.smooth_v:
+        v_mean = _token_mean(v32)
+        v32 = v32 - v_mean[:, :, None]
+    if recipe.rotation == "hadamard":
+        signs = rotation_signs(head_dim, recipe.rotation_seed).to(q.device)
+        q32, k32 = rotate(q32, signs), rotate(k32, signs)
+
+    limit = INT8_MAX if recipe.qk_dtype == "int8" else E4M3_MAX
+    q_codes, q_scale = _quantize_rows(q32, recipe.q_granularity, Q_BLOCK, limit, group)
+    k_codes, k_scale = _quantize_rows(k32, recipe.k_granularity, K_BLOCK, limit)
+    v_scale, v_inverse = _v_scale(v32, recipe.v_granularity)
+    v_codes = _to_e4m3(v32 * v_inverse[:, :, None])
+    if recipe.compensate_v:
+        error = _token_mean(v32 - v_codes.float() * v_scale[:, :, None])
+        v_mean = error if v_mean is None else v_mean + error
+    return QuantizedQKV(
+        q=_pad_channels(q_codes.transpose(1, 2)),
+        k=_pad_channels(k_codes.transpose(1, 2)),
+        v=_transposed_v(v_codes.transpose(-1, -2)),
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        v_mean=v_mean,
+        lse_shift=lse_shift,
+        key_bias=key_bias,
+        recipe=recipe,
+        head_dim=head_dim,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+    )
+
+
+@torch.no_grad()
+def from_fp8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    recipe: Fp8Recipe | None = None,
+) -> QuantizedQKV:
+    """Tensors that are in e4m3 already, as FlashAttention-3 takes them; no value is rounded again.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim) float8_e4m3fn, standing for q * q_descale.
+        k, v: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn.
+        q_descale, k_descale, v_descale: (batch, heads_kv) float32, any strides, or None for 1. One element
+            of q_descale is for all query heads that read the key/value head.
+        recipe: of which only p_offset, rescale_threshold, accumulation and row_sum are free; None means
+            Fp8Recipe.fa3().
+
+    Raises:
+        ValueError: dtypes, devices or shapes that do not fit, or a recipe that would have to quantise.
+    """
+    fa3 = Fp8Recipe.fa3()
+    recipe = fa3 if recipe is None else recipe
+    fixed = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
+    fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v")
+    for name in fixed:
+        if getattr(recipe, name) != getattr(fa3, name):
+            raise ValueError(
+                f"the recipe for tensors that are e4m3 already has {name} {getattr(recipe, name)!r}; it must "
+                f"be {getattr(fa3, name)!r}; change a copy of Fp8Recipe.fa3() with dataclasses.replace, or "
+                "pass unquantised tensors."
+            )
+    check_fp8_shapes(q, k, v)
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    seqlen_k, heads_kv = k.shape[1:3]
+    scales = []
+    for name, descale in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
+        if descale is None:
+            scales.append(torch.ones(batch, heads_kv, device=q.device))
+        else:
+            check_descale(name, descale, k)
+            scales.append(descale)
+    q_scale, k_scale, v_scale = (scale[..., None] for scale in scales)
+    return QuantizedQKV(
+        q=_pad_channels(q),
+        k=_pad_channels(k),
+        v=_transposed_v(v.permute(0, 2, 3, 1)),
+        q_scale=q_scale.repeat_interleave(heads_q // heads_kv, 1).contiguous(),
+        k_scale=k_scale.contiguous(),
+        v_scale=v_scale.repeat(1, 1, head_dim),
+        v_mean=None,
+        lse_shift=None,
+        key_bias=None,
+        recipe=recipe,
+        head_dim=head_dim,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+    )
+
+
+def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
+    """The rotation's random signs: (head_dim,) float32 of +-1, the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (head_dim,), generator=generator).mul_(2).sub_(1).float()
+
+
+def rotate(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """x (..., head_dim) float32 times the signs and an orthogonal matrix of Hadamard blocks.
+
+    The blocks are the powers of two that head_dim is the sum of, largest first (72 = 64 + 8). A block is
+    log2(size) steps (a, b) -> (a + b, a - b) at distances 1, 2, 4, ..., then one factor 1 / sqrt(size).
+    """
+    parts, start = [], 0
+    x = x * signs
+    while start < x.shape[-1]:
+        size = 1 << ((x.shape[-1] - start).bit_length() - 1)
+        part = x[..., start : start + size]
+        distance = 1
+        while distance < size:
+            a, b = part.unflatten(-1, (-1, 2, distance)).unbind(-2)
+            part = torch.stack((a + b, a - b), -2).flatten(-3)
+            distance *= 2
+        parts.append(part * torch.tensor(1 / math.sqrt(size), dtype=torch.float32, device=x.device))
+        start += size
+    return torch.cat(parts, -1)
+
+
+def _token_mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of x (batch, heads, seqlen, head_dim): (batch, heads, head_dim).
+
+    Non-finite elements count as 0. The order of the additions: 128 tokens make a chunk (the last is filled up
+    with zeros); lane r of 16 adds its tokens r, r + 16, r + 32, ... one after the other; then `_tree_sum` of
+    the lanes, and of the chunks.
+    """
+    seqlen = x.shape[2]
+    chunks = max(1, -(-seqlen // _CHUNK))
+    padded = x.new_zeros(*x.shape[:2], chunks * _CHUNK, x.shape[3])
+    padded[:, :, :seqlen] = torch.where(x.isfinite(), x, 0.0)
+    lanes = padded.unflatten(2, (chunks, _CHUNK // _LANES, _LANES))
+    total = lanes[:, :, :, 0]
+    for i in range(1, _CHUNK // _LANES):
+        total = total + lanes[:, :, :, i]  # (batch, heads, chunks, _LANES, head_dim)
+    total = _tree_sum(_tree_sum(total, 3), 2)
+    return total / torch.full_like(total, max(1, seqlen))
+
+
+def _tree_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum over `dim`: filled up with zeros to a power of two, then s[i] + s[i + half] until one is left."""
+    size = 1 << (x.shape[dim] - 1).bit_length()
+    if size > x.shape[dim]:
+        filler = list(x.shape)
+        filler[dim] = size - x.shape[dim]
+        x = torch.cat((x, x.new_zeros(filler)), dim)
+    while size > 1:
+        size //= 2
+        x = x.narrow(dim, 0, size) + x.narrow(dim, size, size)
+    return x.squeeze(dim)
+
+
+def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Sum over the last dimension of x * y: each product rounded, then `_tree_sum`."""
+    return _tree_sum(x * y, -1)
+
+
+def _quantize_rows(
+    x: torch.Tensor, granularity: str, block: int, limit: float, group: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of x (batch, heads, seqlen, head_dim), same shape, and scales (batch, heads, groups) float32."""
+    seqlen = x.shape[2]
+    shared = granularity not in ("token", "block")
+    rows = max(1, seqlen) if shared else {"token": 1, "block": block}[granularity]
+    groups = 1 if shared else -(-seqlen // rows)
+
+    def largest(of_rows: torch.Tensor) -> torch.Tensor:
+        """Maximum over a group of what is (batch, heads, seqlen) and not negative: (batch, heads, groups)."""
+        padded = of_rows.new_zeros(*of_rows.shape[:2], groups * rows)
+        padded[..., :seqlen] = of_rows
+        of_groups = padded.unflatten(-1, (groups, rows)).amax(-1)
+        if granularity == "group":
+            of_groups = of_groups.unflatten(1, (-1, group)).amax(2).repeat_interleave(group, 1)
+        elif granularity == "tensor" and of_groups.numel():
+            of_groups = of_groups.amax().expand(of_groups.shape)
+        return of_groups
+
+    finite = x.isfinite()
+    scale, inverse = _scale_of(largest(torch.where(finite, x.abs(), 0.0).amax(-1)), limit)
+    scaled = x * inverse.repeat_interleave(rows, -1)[..., :seqlen, None]
+    if limit == E4M3_MAX:
+        return _to_e4m3(scaled), scale
+    broken = largest((~finite).any(-1).float()) > 0
+    codes = torch.where(finite, scaled, 0.0).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return codes.to(torch.int8), scale.masked_fill(broken, float("nan"))
+
+
+def _v_scale(v: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and inverse of v (batch, heads, seqlen, head_dim), both (batch, heads, head_dim)."""
+    batch, heads, seqlen, head_dim = v.shape
+    amax = v.new_zeros(batch, heads, head_dim)
+    if granularity == "none":
+        return torch.ones_like(amax), torch.ones_like(amax)
+    if seqlen:
+        amax = torch.where(v.isfinite(), v.abs(), 0.0).amax(2)
+    if granularity == "head":
+        amax = amax.amax(-1, keepdim=True).expand(amax.shape)
+    elif granularity == "tensor" and amax.numel():
+        amax = amax.amax().expand(amax.shape)
+    return _scale_of(amax, E4M3_MAX)
+
+
+def _scale_of(amax: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(amax / limit, limit / amax); both 1 where amax is below 2**-100, so that the codes become 0."""
+    zero = amax < _SMALLEST_AMAX
+    # NOTE: torch divides by (CUDA) or into (everywhere) a Python number by way of a rounded reciprocal.
+    limits = torch.full_like(amax, limit)
+    return (amax / limits).masked_fill(zero, 1.0), (limits / amax).masked_fill(zero, 1.0)
+
+
+def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """x float32 to the nearest e4m3, ties to even, saturating at 448; NaN and infinity to the code 0x7f."""
+    x = torch.where(x.isfinite(), x.clamp(-E4M3_MAX, E4M3_MAX), float("nan"))
+    return x.to(torch.float8_e4m3fn)
+
+
+def _pad_channels(codes: torch.Tensor) -> torch.Tensor:
+    """(batch, seqlen, heads, head_dim) 8-bit codes with head_dim filled up with zeros to the pitch."""
+    padded = codes.new_zeros(*codes.shape[:3], -(-codes.shape[3] // PITCH) * PITCH, dtype=torch.uint8)
+    padded[..., : codes.shape[3]] = codes.view(torch.uint8)
+    return padded.view(codes.dtype)
+
+
+def _transposed_v(codes: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, head_dim, seqlen) e4m3 codes in the layout of QuantizedQKV.v."""
+    batch, heads, head_dim, seqlen = codes.shape
+    tile_d = max(64, 1 << (head_dim - 1).bit_length())
+    rows = codes.new_zeros(batch, heads, tile_d + ONES_ROWS, -(-seqlen // PITCH) * PITCH, dtype=torch.uint8)
+    rows[:, :, :head_dim, :seqlen] = codes.view(torch.uint8)
+    rows[:, :, tile_d, :seqlen] = torch.ones((), dtype=codes.dtype).view(torch.uint8)
+    return _permute_keys(rows).view(codes.dtype)
+
+
+def _permute_keys(x: torch.Tensor) -> torch.Tensor:
+    """Among every 16 of the last dimension, element 8 h + 2 t + i to position 4 t + 2 h + i."""
+    return x.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).contiguous().flatten(-4)
+
+
+def _unpermute_keys(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_permute_keys`."""
+    return x.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).contiguous().flatten(-4)

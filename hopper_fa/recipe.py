@@ -1,0 +1,152 @@
+"""What FP8 attention does to its inputs and sums, as one object."""
+
+import math
+from dataclasses import dataclass, replace
+
+Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
+K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
+E4M3_MAX = 448.0
+INT8_MAX = 127.0
+
+_CHOICES = {
+    "qk_dtype": ("e4m3", "int8"),
+    "q_granularity": ("tensor", "group", "head", "block", "token"),
+    "k_granularity": ("tensor", "head", "block", "token"),
+    "v_granularity": ("none", "tensor", "head", "channel"),
+    "rotation": ("none", "hadamard"),
+    "row_sum": ("product", "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Fp8Recipe:
+    """How Q, K and V become 8-bit numbers, and how P and the sums are formed. V and P are always e4m3.
+
+    Attributes:
+        qk_dtype: of Q and K: "e4m3" or "int8" (same speed on the tensor cores; sums of int8 are exact).
+        q_granularity: which elements of Q share a scale: "tensor" (all), "group" (batch entry and key/value
+            head, so all query heads that read it: FlashAttention-3's), "head" (batch entry and query head),
+            "block" (of a head, Q_BLOCK rows) or "token" (each row).
+        k_granularity: "tensor", "head", "block" (K_BLOCK keys) or "token".
+        v_granularity: "none" (scale 1: V is only rounded, and saturates at 448), "tensor", "head", "channel".
+        rotation: "hadamard" multiplies Q and K by one random orthogonal matrix, which spreads outliers over
+            the channels and leaves q . k as it was.
+        rotation_seed: of the random signs in that matrix.
+        smooth_k: subtract K's mean over the keys of a head. Exact: it shifts all scores of a row alike.
+        smooth_q: subtract Q's mean over the rows of a head. What that takes out of the scores, a number a
+            key, is added to them in float32.
+        smooth_v: subtract V's mean over the keys of a head, and add it to the output. Exact.
+        compensate_v: add the mean over the keys of V's rounding error to the output, channel by channel. The
+            wider the attention of a row, the more of what rounding V did to it that undoes.
+        p_offset: P is exp2(score - maximum + p_offset): the higher, the fewer small P become 0.
+        rescale_threshold: growth of the row maximum, in log2, that the output is not yet rescaled for; 0
+            rescales at every growth. p_offset + rescale_threshold must not exceed log2(448) = 8.807.
+        accumulation: the tensor core adds with 13 fraction bits and cuts the rest off. Every `accumulation`
+            key blocks of K_BLOCK its sum is moved to float32 and starts again from zero; 0: never.
+        row_sum: what P V is divided by. "product": the same product with a column of ones, so that the
+            rounding of P and the tensor core's cut are in numerator and denominator alike. "fp32": the
+            float32 sum of the unrounded P (FlashAttention-3).
+
+    Raises:
+        ValueError: a field has no such value, or P could exceed 448.
+    """
+
+    qk_dtype: str = "e4m3"
+    q_granularity: str = "block"
+    k_granularity: str = "block"
+    v_granularity: str = "channel"
+    rotation: str = "none"
+    rotation_seed: int = 0
+    smooth_k: bool = False
+    smooth_q: bool = False
+    smooth_v: bool = False
+    compensate_v: bool = False
+    p_offset: float = 8.0
+    rescale_threshold: float = 0.0
+    accumulation: int = 1
+    row_sum: str = "product"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}; pass one of them.")
+        if type(self.accumulation) is not int or self.accumulation < 0:
+            raise ValueError(
+                f"accumulation is {self.accumulation!r}; it must be a number of key blocks, or 0 for never; "
+                "pass an int that is not negative."
+            )
+        for name in ("p_offset", "rescale_threshold"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0; raise it.")
+        if not self.p_offset + self.rescale_threshold <= math.log2(E4M3_MAX):
+            raise ValueError(
+                f"p_offset {self.p_offset} and rescale_threshold {self.rescale_threshold} let P reach "
+                f"2**{self.p_offset + self.rescale_threshold:g}; e4m3 ends at 448 = 2**8.807; lower one."
+            )
+
+    @property
+    def leaks_future(self) -> bool:
+        """Whether, under a causal mask, a row's output can depend on queries or keys that the mask hides.
+
+        It can through every statistic over tokens. Field by field:
+            q_granularity, k_granularity: a scale over a tensor, group, head or block is the largest element
+                of later tokens too; only "token" is a token's own.
+            v_granularity: every scale runs over all keys; only "none" does not.
+            smooth_k, smooth_q, smooth_v, compensate_v: means over all tokens. Smoothing is exact, but what is
+                left to round changes.
+            rotation, p_offset, rescale_threshold, accumulation, row_sum: never. A hidden key has P = 0, which
+                adds an exact 0 to every sum.
+        What leaks is the size of rounding errors, and nothing where they are 0. NaN in V is the exception in
+        every recipe: 0 * NaN is NaN in the rows that share a key block with it, as in the BF16 kernel.
+        """
+        return (
+            self.q_granularity != "token"
+            or self.k_granularity != "token"
+            or self.v_granularity != "none"
+            or self.smooth_k
+            or self.smooth_q
+            or self.smooth_v
+            or self.compensate_v
+        )
+
+    @classmethod
+    def default(cls) -> "Fp8Recipe":
+        """int8 Q and K with a scale a block, e4m3 V with one a channel, rotation, smoothing, two levels.
+
+        int8, because e4m3 Q and K alone exceed the error this preset allows itself on outliers
+        (docs/notes/fp8_log.md).
+        """
+        return cls(qk_dtype="int8", rotation="hadamard", smooth_k=True, smooth_v=True, compensate_v=True)
+
+    @classmethod
+    def accurate(cls) -> "Fp8Recipe":
+        """`default` with a scale for each row of Q."""
+        return replace(cls.default(), q_granularity="token")
+
+    @classmethod
+    def causal_safe(cls) -> "Fp8Recipe":
+        """No statistic over tokens, so nothing leaks from later ones (`leaks_future` is False).
+
+        V is rounded as it is: values above 448 saturate, and those below 2**-6 lose relative precision.
+        """
+        return cls(q_granularity="token", k_granularity="token", v_granularity="none", rotation="hadamard")
+
+    @classmethod
+    def fa3(cls) -> "Fp8Recipe":
+        """What FlashAttention-3's kernel does: a scale a key/value head, no second level, float32 row sum."""
+        return cls(
+            q_granularity="group",
+            k_granularity="head",
+            v_granularity="head",
+            accumulation=0,
+            row_sum="fp32",
+        )
+
+    @classmethod
+    def fa3_paper(cls) -> "Fp8Recipe":
+        """What its paper describes: block scales and a Hadamard rotation on top of `fa3`.
+
+        Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.3.
+        """
+        return cls(rotation="hadamard", v_granularity="head", accumulation=0, row_sum="fp32")

@@ -1,0 +1,134 @@
+"""The public calls in FP8: recipes, FlashAttention-3's call, backends, what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case
+
+from hopper_fa import (
+    Fp8Recipe,
+    attention_reference,
+    error_metrics,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_quantized_func,
+    quantize_qkv,
+)
+from hopper_fa.emulator_fp8 import attention_fp8_emulated
+from hopper_fa.quantization import from_fp8
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CASE = Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=40, seqlen_k=170)
+E4M3 = torch.float8_e4m3fn
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOPPER_FA_BACKEND", raising=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recipe_quantises_inside_the_call(dtype: torch.dtype, seed: int) -> None:
+    q, k, v = CASE.qkv(dtype, seed)
+    recipe = Fp8Recipe.accurate()
+    qkv = quantize_qkv(q, k, v, recipe)
+    want = attention_fp8_emulated(qkv, 0.2, True, dtype)
+    got = flash_attn_func(q, k, v, 0.2, True, recipe=recipe, return_lse=True, backend="emulator")
+    assert got[0].dtype == dtype and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    out = flash_attn_kvpacked_func(q, torch.stack((k, v), 2), 0.2, True, recipe=recipe, backend="emulator")
+    assert torch.equal(out, want[0])
+    got = flash_attn_quantized_func(qkv, 0.2, True, out_dtype=dtype, return_lse=True, backend="emulator")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert flash_attn_quantized_func(qkv, backend="emulator").dtype == torch.bfloat16
+
+
+def test_reference_backend(seed: int) -> None:
+    q, k, v = CASE.qkv(torch.bfloat16, seed)
+    exact = flash_attn_func(q, k, v, backend="reference")
+    recipe = replace(Fp8Recipe.default(), smooth_q=True)
+    assert torch.equal(flash_attn_func(q, k, v, recipe=recipe, backend="reference"), exact)
+    out, lse = flash_attn_quantized_func(quantize_qkv(q, k, v, recipe), return_lse=True, backend="reference")
+    assert 1e-3 < error_metrics(out, exact)["relative_l2"] < 0.05
+    assert (lse - attention_reference(q, k, v)[1]).abs().max() < 0.05
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attention_3s_call(causal: bool, seed: int) -> None:
+    q, k, v = (t.to(E4M3) for t in CASE.qkv(torch.float32, seed))
+    descales = [torch.rand(2, 2) + 0.5 for _ in range(3)]
+    out, lse = flash_attn_func(q, k, v, None, causal, None, *descales, return_lse=True, backend="emulator")
+    heads = torch.tensor([0, 0, 1, 1])  # the key/value head of each query head
+    q_real = q.double() * descales[0][:, None, heads, None]
+    k_real, v_real = (t.double() * d[:, None, :, None] for t, d in ((k, descales[1]), (v, descales[2])))
+    want, want_lse = attention_reference(q_real, k_real, v_real, causal=causal)
+    assert out.dtype == torch.bfloat16
+    assert error_metrics(out, want)["relative_l2"] < 0.05  # of P's rounding 0.025
+    assert (lse - want_lse).abs().max() < 1e-3  # a float32 sum of the unrounded P
+    exact = flash_attn_func(q, k, v, None, causal, None, *descales, backend="reference")
+    torch.testing.assert_close(exact.double(), want, rtol=2**-7, atol=1e-6)
+
+    recipe = replace(Fp8Recipe.fa3(), accumulation=1, row_sum="product")
+    chosen = flash_attn_func(
+        q, k, v, None, causal, q_descale=descales[0], k_descale=descales[1], v_descale=descales[2],
+        recipe=recipe, backend="emulator",
+    )  # fmt: skip
+    assert torch.equal(chosen, attention_fp8_emulated(from_fp8(q, k, v, *descales, recipe), None, causal)[0])
+    bare = flash_attn_func(q, k, v, backend="emulator")
+    ones = torch.ones(2, 2)
+    assert torch.equal(
+        bare, flash_attn_func(q, k, v, None, False, None, ones, ones, ones, backend="emulator")
+    )
+
+
+def test_no_fp8_kernel_is_built(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = CASE.qkv(torch.bfloat16, seed)
+    recipe = Fp8Recipe.default()
+    calls = (
+        lambda backend: flash_attn_func(q, k, v, recipe=recipe, backend=backend),
+        lambda backend: flash_attn_func(*(t.to(E4M3) for t in (q, k, v)), backend=backend),
+        lambda backend: flash_attn_quantized_func(quantize_qkv(q, k, v), backend=backend),
+    )
+    for call in calls:
+        for backend in (None, "auto", "cuda"):
+            with pytest.raises(RuntimeError, match=r'no FP8 kernel is built.*backend="emulator"'):
+                call(backend)
+        with pytest.raises(ValueError, match="backend is 'triton'"):
+            call("triton")
+    monkeypatch.setenv("HOPPER_FA_BACKEND", "emulator")
+    assert all(call(None).shape == q.shape for call in calls)
+
+
+def test_what_is_refused(seed: int) -> None:
+    q, k, v = CASE.qkv(torch.bfloat16, seed)
+    q8, k8, v8 = (t.to(E4M3) for t in (q, k, v))
+    recipe = Fp8Recipe.default()
+    with pytest.raises(NotImplementedError, match="^q_descale is "):
+        flash_attn_func(q, k, v, q_descale=torch.ones(2, 2), recipe=recipe, backend="emulator")
+    with pytest.raises(NotImplementedError, match="^softcap is "):
+        flash_attn_func(q8, k8, v8, softcap=30.0, backend="emulator")
+    with pytest.raises(ValueError, match="it must be 'e4m3'"):
+        flash_attn_func(q8, k8, v8, recipe=recipe, backend="emulator")
+    with pytest.raises(ValueError, match="all must be"):
+        flash_attn_func(q8, k, v, backend="emulator")
+    with pytest.raises(ValueError, match="all must be torch.bfloat16 or all torch.float16"):
+        flash_attn_func(q.float(), k.float(), v.float(), recipe=recipe, backend="emulator")
+    with pytest.raises(ValueError, match="out_dtype is torch.float32"):
+        flash_attn_quantized_func(quantize_qkv(q, k, v), out_dtype=torch.float32, backend="emulator")
+    with pytest.raises(ValueError, match="softmax_scale is nan"):
+        flash_attn_quantized_func(quantize_qkv(q, k, v), float("nan"), backend="emulator")
+    with pytest.raises(TypeError, match="causal is 1"):
+        flash_attn_func(q, k, v, causal=1, recipe=recipe, backend="emulator")
+
+
+def test_gradients_are_refused(seed: int) -> None:
+    q, k, v = CASE.qkv(torch.bfloat16, seed)
+    k.requires_grad_()
+    out, lse = flash_attn_func(q, k, v, recipe=Fp8Recipe.default(), return_lse=True, backend="emulator")
+    for t in (out, lse):
+        with pytest.raises(NotImplementedError, match="the backward is not built yet"):
+            t.sum().backward()
+    with torch.no_grad():
+        assert not flash_attn_func(q, k, v, recipe=Fp8Recipe.default(), backend="emulator").requires_grad

@@ -1,0 +1,389 @@
+"""Recipes, and quantised tensors against plain loops, exact small examples and float64."""
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from cases import Case
+
+from hopper_fa import Fp8Recipe, attention_reference, quantize_qkv
+from hopper_fa.emulator_fp8 import attention_dequantized
+from hopper_fa.quantization import QuantizedQKV, from_fp8, rotate, rotation_signs
+from hopper_fa.recipe import K_BLOCK, Q_BLOCK
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+E4M3 = torch.float8_e4m3fn
+PLAIN = Fp8Recipe()  # no rotation, no smoothing
+PRESETS = {
+    "default": Fp8Recipe.default(),
+    "accurate": Fp8Recipe.accurate(),
+    "causal_safe": Fp8Recipe.causal_safe(),
+    "fa3": Fp8Recipe.fa3(),
+    "fa3_paper": Fp8Recipe.fa3_paper(),
+}
+GQA = Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=150, seqlen_k=270, head_dim=72)
+
+
+def e4m3_values() -> list[float]:
+    """Every finite value that is not negative, by its code, from the format's definition."""
+    values = []
+    for code in range(0x7F):
+        exponent, fraction = code >> 3, code & 7
+        values.append(math.ldexp(fraction, -9) if exponent == 0 else math.ldexp(8 + fraction, exponent - 10))
+    return values
+
+
+def test_presets_say_what_they_leak() -> None:
+    assert {name for name, recipe in PRESETS.items() if not recipe.leaks_future} == {"causal_safe"}
+    safe = Fp8Recipe.causal_safe()
+    for field in ("smooth_k", "smooth_q", "smooth_v", "compensate_v"):
+        assert replace(safe, **{field: True}).leaks_future
+    for field, values in {
+        "q_granularity": ("tensor", "group", "head", "block"),
+        "k_granularity": ("tensor", "head", "block"),
+        "v_granularity": ("tensor", "head", "channel"),
+    }.items():
+        for value in values:
+            assert replace(safe, **{field: value}).leaks_future
+    same = replace(
+        safe, qk_dtype="int8", rotation="none", p_offset=4.0, rescale_threshold=4.0, accumulation=0,
+        row_sum="fp32",
+    )  # fmt: skip
+    assert not same.leaks_future
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("qk_dtype", "e5m2"),
+        ("q_granularity", "warp"),
+        ("k_granularity", "group"),
+        ("v_granularity", "block"),
+        ("rotation", "random"),
+        ("row_sum", "fp16"),
+        ("accumulation", -1),
+        ("accumulation", 1.0),
+        ("p_offset", 9.0),
+        ("p_offset", -1.0),
+        ("p_offset", float("nan")),
+        ("rescale_threshold", 1.0),
+        ("rescale_threshold", -1.0),
+    ],
+)
+def test_recipe_refuses(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        Fp8Recipe(**{field: value})
+    Fp8Recipe(p_offset=8.0, rescale_threshold=0.8)  # 448 = 2**8.807
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 248])
+def test_layout(name: str, head_dim: int, seed: int) -> None:
+    recipe = PRESETS[name]
+    case = replace(GQA, head_dim=head_dim)
+    q, k, v = case.qkv(torch.bfloat16, seed)
+    x = quantize_qkv(q, k, v, recipe)
+    pitch = (head_dim + 15) // 16 * 16
+    tile_d = next(d for d in (64, 128, 256) if d >= head_dim)
+    qk_dtype = torch.int8 if recipe.qk_dtype == "int8" else E4M3
+    q_groups = {"block": 3, "token": 150}.get(recipe.q_granularity, 1)
+    k_groups = {"block": 3, "token": 270}.get(recipe.k_granularity, 1)
+    want = {
+        "q": ((2, 150, 4, pitch), qk_dtype),
+        "k": ((2, 270, 2, pitch), qk_dtype),
+        "v": ((2, 2, tile_d + 8, 272), E4M3),
+        "q_scale": ((2, 4, q_groups), torch.float32),
+        "k_scale": ((2, 2, k_groups), torch.float32),
+        "v_scale": ((2, 2, head_dim), torch.float32),
+        "v_mean": ((2, 2, head_dim), torch.float32) if recipe.smooth_v else None,
+        "lse_shift": ((2, 4, 150), torch.float32) if recipe.smooth_k else None,
+        "key_bias": None,
+    }
+    for field, shape_and_dtype in want.items():
+        t = getattr(x, field)
+        assert shape_and_dtype == (None if t is None else (tuple(t.shape), t.dtype)), field
+        assert t is None or t.is_contiguous(), field
+    assert (x.head_dim, x.seqlen_q, x.seqlen_k, x.recipe) == (head_dim, 150, 270, recipe)
+    q8, k8, v8 = x.q.float(), x.k.float(), x.v.float()
+    assert (q8[..., head_dim:] == 0).all() and (k8[..., head_dim:] == 0).all()
+    ones = torch.zeros(tile_d + 8 - head_dim, 272)
+    ones[tile_d - head_dim] = 1
+    ones[tile_d - head_dim, 270:] = 0  # keys 14 and 15 of a group stay where they are
+    assert torch.equal(v8[..., head_dim:, :], ones.expand(2, 2, -1, -1))
+    scattered = quantize_qkv(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)), recipe)
+    assert all(torch.equal(a.float(), b.float()) for a, b in ((x.q, scattered.q), (x.v, scattered.v)))
+
+
+def test_keys_of_v_are_permuted_among_sixteen() -> None:
+    v = torch.arange(1.0, 33.0)[None, :, None, None].repeat(1, 1, 1, 8)  # key j holds j + 1 (on 16: exact)
+    v[:, 16:] -= 16
+    x = quantize_qkv(v, v, v, replace(PLAIN, v_granularity="none"))
+    want = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    for group in (0, 16):
+        assert (x.v[0, 0, 3, group : group + 16].float() - 1).tolist() == want
+    for t in range(4):
+        for h in range(2):
+            for i in range(2):
+                assert want[4 * t + 2 * h + i] == 8 * h + 2 * t + i
+    assert torch.equal(x.v_codes().float(), v)
+
+
+def test_e4m3_rounds_to_nearest_even_and_saturates(seed: int) -> None:
+    table = np.array(e4m3_values())
+    bounds = (table[:-1] + table[1:]) / 2
+    x = np.concatenate([table, bounds, np.nextafter(bounds.astype(np.float32), 0), [448.1, 470, 1e9]])
+    x = np.concatenate([x, np.abs(np.random.default_rng(seed).normal(size=500) * 100)]).astype(np.float32)
+    codes = np.searchsorted(bounds, x.astype(np.float64), side="left")
+    tie = np.isin(x.astype(np.float64), bounds)
+    codes += tie & (codes % 2 == 1)  # a tie at bounds[i] lies between codes i and i + 1
+    v = torch.from_numpy(np.resize(x, (8, -(-len(x) // 8))).T.copy())[None, :, None]
+    both = torch.cat((v, -v), 1)
+    x8 = quantize_qkv(both, both, both, replace(PLAIN, v_granularity="none"))
+    got = x8.v_codes().view(torch.uint8)[0, :, 0]
+    want = torch.from_numpy(np.resize(codes, (8, v.shape[1])).T.copy()).to(torch.uint8)
+    assert torch.equal(got[: v.shape[1]], want)
+    assert torch.equal(got[v.shape[1] :] & 0x7F, want)
+
+
+@pytest.mark.parametrize("qk_dtype", ["e4m3", "int8"])
+@pytest.mark.parametrize("granularity", ["tensor", "group", "head", "block", "token"])
+def test_scales_of_q_and_k(granularity: str, qk_dtype: str, seed: int) -> None:
+    k_granularity = "head" if granularity == "group" else granularity
+    recipe = replace(PLAIN, qk_dtype=qk_dtype, q_granularity=granularity, k_granularity=k_granularity)
+    q, k, v = GQA.qkv(torch.float16, seed)
+    x = quantize_qkv(q, k, v, recipe)
+    limit = np.float32(448 if qk_dtype == "e4m3" else 127)
+    q_scale, k_scale = x.q_scale_of_rows(), x.k_scale_of_keys()
+    for t, scale, block, group in ((q, q_scale, Q_BLOCK, 2), (k, k_scale, K_BLOCK, 1)):
+        for b, row, h in ((0, 0, 0), (1, 149, 1), (0, 130, t.shape[2] - 1), (1, 63, 0)):
+            first = h // group * group
+            members = {
+                "tensor": t,
+                "group": t[b, :, first : first + group],
+                "head": t[b, :, h],
+                "block": t[b, row // block * block : (row // block + 1) * block, h],
+                "token": t[b, row, h],
+            }[granularity if group == 2 else k_granularity]
+            amax = np.float32(members.abs().max().item())
+            assert scale[b, h, row].item() == amax / limit
+            codes = (x.q if t is q else x.k)[b, row, h, :72].float().numpy()
+            scaled = t[b, row, h].float().numpy() * (limit / amax)
+            if qk_dtype == "int8":
+                assert (codes == np.rint(scaled)).all()
+            else:
+                assert (np.abs(codes - scaled) <= np.maximum(np.abs(scaled) / 16, 2.0**-10)).all()
+
+
+@pytest.mark.parametrize("granularity", ["none", "tensor", "head", "channel"])
+def test_scales_of_v(granularity: str, seed: int) -> None:
+    q, k, v = GQA.qkv(torch.bfloat16, seed)
+    x = quantize_qkv(q, k, v, replace(PLAIN, v_granularity=granularity))
+    dims = {"tensor": (0, 1, 2, 3), "head": (1, 3), "channel": (1,)}.get(granularity)
+    amax = torch.tensor(448.0) if dims is None else v.float().abs().amax(dims, keepdim=True)
+    want = (amax / torch.full_like(amax, 448)).expand(2, 1, 2, 72) if dims else torch.ones(2, 1, 2, 72)
+    assert torch.equal(x.v_scale[:, None], want)
+    assert ((x.dequantize()[2] - v).abs() <= v.abs() / 15.9 + x.v_scale[:, None] * 2.0**-10).all()
+
+
+def test_means_add_in_the_documented_order(seed: int) -> None:
+    # 300 keys: three chunks, the last of 44, filled up to four.
+    v = (torch.randn(1, 300, 1, 8) + 3).float()
+    v[0, 7, 0, 0], v[0, 299, 0, 1] = float("inf"), float("nan")  # count as 0
+    x = quantize_qkv(v, v, v, replace(PLAIN, smooth_v=True))
+    padded = np.zeros((512, 8), np.float32)
+    padded[:300] = np.where(np.isfinite(v[0, :, 0].numpy()), v[0, :, 0].numpy(), 0)
+
+    def halve(parts: list[np.ndarray]) -> np.ndarray:
+        while len(parts) > 1:
+            half = len(parts) // 2
+            parts = [parts[i] + parts[i + half] for i in range(half)]
+        return parts[0]
+
+    chunks = []
+    for chunk in padded.reshape(4, 128, 8):
+        lanes = [chunk[r] for r in range(16)]
+        for i in range(1, 8):
+            lanes = [lanes[r] + chunk[16 * i + r] for r in range(16)]
+        chunks.append(halve(lanes))
+    assert x.v_mean[0, 0].numpy().tolist() == (halve(chunks) / np.float32(300)).tolist()
+
+
+def test_dot_products_add_in_the_documented_order(seed: int) -> None:
+    q, k, v = Case(heads_q=1, heads_kv=1, head_dim=24).qkv(torch.float32, seed)
+    x = quantize_qkv(q, k, v, replace(PLAIN, smooth_k=True, smooth_v=True))
+    mean = quantize_qkv(q, v, k, replace(PLAIN, smooth_v=True)).v_mean[0, 0].numpy()
+    parts = np.zeros((32, 113), np.float32)
+    parts[:24] = (q[0, :, 0].numpy() * mean).T
+    while len(parts) > 1:
+        parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
+    assert x.lse_shift[0, 0].numpy().tolist() == parts[0].tolist()
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 96, 128, 248, 256])
+def test_rotation_is_orthogonal(head_dim: int, seed: int) -> None:
+    signs = rotation_signs(head_dim, seed)
+    assert torch.equal(signs.abs(), torch.ones(head_dim)) and torch.equal(
+        signs, rotation_signs(head_dim, seed)
+    )
+    matrix = rotate(torch.eye(head_dim), signs)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(head_dim), atol=1e-6, rtol=0)
+    q, k = torch.randn(50, head_dim), torch.randn(60, head_dim)
+    want = q.double() @ k.double().T
+    got = rotate(q, signs).double() @ rotate(k, signs).double().T
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+    if head_dim == 72:
+        assert (matrix[:64, 64:] == 0).all() and (matrix[64:, :64] == 0).all()
+        assert torch.equal(matrix[:64, :64].abs(), torch.full((64, 64), 0.125))
+
+
+def test_rotation_spreads_an_outlier(seed: int) -> None:
+    q, k, v = Case(head_dim=128).qkv(torch.bfloat16, seed)
+    q[:, 5, :, 17] = 200.0
+    plain = quantize_qkv(q, k, v, PLAIN)
+    rotated = quantize_qkv(q, k, v, replace(PLAIN, rotation="hadamard"))
+    assert (rotated.q_scale[..., 0] < plain.q_scale[..., 0] / 5).all()
+
+
+@pytest.mark.parametrize("smooth_q", [False, True])
+def test_smoothing_keeps_scores_and_lse(smooth_q: bool, seed: int) -> None:
+    q, k, v = GQA.qkv(torch.float32, seed)
+    q, k = q + 2 * torch.randn(1, 1, 1, 72), k + 2 * torch.randn(1, 1, 1, 72)
+    # int8 a token, to bring the rounding down to where a missing term would show.
+    recipe = replace(
+        PLAIN, qk_dtype="int8", q_granularity="token", k_granularity="token", rotation="hadamard",
+        smooth_k=True, smooth_q=smooth_q, smooth_v=True, compensate_v=True,
+    )  # fmt: skip
+    x = quantize_qkv(q, k, v, recipe)
+    _, lse = attention_dequantized(x, 0.1)
+    _, want = attention_reference(q, k, v, 0.1)
+    assert (lse - want).abs().max() < 0.1  # of a spread of several units
+    q_deq, k_deq, v_deq = x.dequantize()
+    scores = torch.einsum("bihd,bjhd->bhij", q_deq, k_deq.repeat_interleave(2, 2)) + x.lse_shift[..., None]
+    if smooth_q:
+        scores += x.key_bias[:, :, None]
+    exact = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2))
+    assert (scores - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_common_offset_of_keys_disappears_in_smoothing(seed: int) -> None:
+    # Whole numbers and a power of two of them, so that the means are exact.
+    k = torch.randint(-8, 9, (1, 256, 2, 64)).float()
+    q = torch.randint(-8, 9, (1, 64, 2, 64)).float()
+    offset = 64.0 * torch.randint(-8, 9, (1, 1, 2, 64)).float()
+    recipe = replace(PLAIN, smooth_k=True, rotation="hadamard")
+    x, moved = quantize_qkv(q, k, k, recipe), quantize_qkv(q, k + offset, k, recipe)
+    assert torch.equal(x.k.float(), moved.k.float()) and torch.equal(x.k_scale, moved.k_scale)
+    shift = torch.einsum("bihd,bjhd->bhi", q, offset)
+    assert torch.equal(moved.lse_shift - x.lse_shift, shift)
+    bare = replace(recipe, smooth_k=False)
+    assert quantize_qkv(q, k + offset, k, bare).k_scale.min() > 4 * x.k_scale.max()
+
+
+def test_compensation_leaves_no_mean_error_in_v(seed: int) -> None:
+    q, k, v = GQA.qkv(torch.float32, seed)
+    for smooth_v in (False, True):
+        recipe = replace(PLAIN, smooth_v=smooth_v)
+        left = [
+            (quantize_qkv(q, k, v + 1, replace(recipe, compensate_v=on)).dequantize()[2] - (v + 1)).mean(1)
+            for on in (False, True)
+        ]
+        assert left[0].abs().max() > 1e-4 and left[1].abs().max() < 2e-6
+
+
+def test_saturation_and_non_finite_values() -> None:
+    v = torch.zeros(1, 4, 1, 8)
+    v[0, :, 0, 0] = torch.tensor([1e4, -1e4, 449.0, -448.0])
+    v[0, :3, 0, 1] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    x = quantize_qkv(v, v, v, replace(PLAIN, v_granularity="none"))
+    assert x.v_codes()[0, :, 0, 0].float().tolist() == [448.0, -448.0, 448.0, -448.0]
+    assert x.v_codes().view(torch.uint8)[0, :3, 0, 1].tolist() == [0x7F] * 3
+    assert x.q.view(torch.uint8)[0, :3, 0, 1].tolist() == [0x7F] * 3
+    assert x.q_scale.item() == np.float32(1e4) / np.float32(448)  # NaN and infinity stay out of it
+
+
+def test_int8_says_nan_in_the_scale() -> None:
+    q = torch.ones(1, 200, 2, 8)
+    q[0, 70, 1, 3] = float("nan")
+    x = quantize_qkv(q, q, q, replace(PLAIN, qk_dtype="int8"))
+    assert x.q_scale.isnan().tolist() == [[[False] * 4, [False, True, False, False]]]
+    assert x.k_scale.isnan().tolist() == [[[False] * 2, [True, False]]]
+    assert x.q[0, 70, 1].tolist() == [127, 127, 127, 0] + [127] * 4 + [0] * 8
+    x = quantize_qkv(q, q, q, replace(PLAIN, qk_dtype="int8", q_granularity="token", k_granularity="head"))
+    assert x.q_scale.isnan().nonzero().tolist() == [[0, 1, 70]]
+    assert x.k_scale.isnan().tolist() == [[[False], [True]]]
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-38, 1e-31])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_head_of_zeros(name: str, tiny: float, seed: int) -> None:
+    q, k, v = GQA.qkv(torch.float32, seed)
+    q[:, :, 1], k[:, :, 1], v[:, :, 1] = tiny, tiny, tiny
+    x = quantize_qkv(q, k, v, PRESETS[name])
+    for scale in (x.q_scale, x.k_scale, x.v_scale):
+        assert scale.isfinite().all() and (scale > 0).all()
+    assert (x.v_codes()[:, :, 1].float() == 0).all()
+    if PRESETS[name].q_granularity != "group":  # else the scale is the other head's
+        assert (x.q[:, :, 1].float() == 0).all() and (x.q_scale[:, 1] == 1).all()
+
+
+def test_empty_sequences(seed: int) -> None:
+    for recipe in (*PRESETS.values(), replace(PLAIN, smooth_q=True, v_granularity="tensor")):
+        q, k, v = replace(GQA, seqlen_k=0).qkv(torch.bfloat16, seed)
+        x = quantize_qkv(q, k, v, recipe)
+        assert x.k.shape == (2, 0, 2, 80) and x.v.shape == (2, 2, 136, 0)
+        assert x.k_scale_of_keys().shape == (2, 2, 0) and x.dequantize()[2].shape == v.shape
+        assert quantize_qkv(q[:, :0], k, v, recipe).q_scale_of_rows().shape == (2, 4, 0)
+        assert quantize_qkv(q[:0], k[:0], v[:0], recipe).q.shape == (0, 150, 4, 80)
+
+
+def test_quantize_checks_its_inputs(seed: int) -> None:
+    q, k, v = GQA.qkv(torch.bfloat16, seed)
+    with pytest.raises(ValueError, match="have dtypes"):
+        quantize_qkv(q, k.half(), v)
+    with pytest.raises(ValueError, match="have dtypes"):
+        quantize_qkv(*(t.double() for t in (q, k, v)))
+    with pytest.raises(ValueError, match="4 heads and k, v have 3"):
+        quantize_qkv(q, torch.cat((k, k[:, :, :1]), 2), torch.cat((v, v[:, :, :1]), 2))
+    with pytest.raises(ValueError, match="head_dim is 60"):
+        quantize_qkv(q[..., :60], k[..., :60], v[..., :60])
+    assert quantize_qkv(q, k, v).recipe == Fp8Recipe.default()
+
+
+def fp8_inputs(case: Case, seed: int) -> list[torch.Tensor]:
+    """q, k, v in e4m3 and three descales, each with its own value a head."""
+    tensors = [t.to(E4M3) for t in case.qkv(torch.float32, seed)]
+    return tensors + [torch.rand(case.batch, case.heads_kv) + 0.5 for _ in range(3)]
+
+
+def test_from_fp8_keeps_every_code(seed: int) -> None:
+    q, k, v, q_descale, k_descale, v_descale = fp8_inputs(GQA, seed)
+    x = from_fp8(q, k, v, q_descale, k_descale.T.contiguous().T, v_descale)
+    assert isinstance(x, QuantizedQKV) and x.recipe == Fp8Recipe.fa3()
+    for codes, want in ((x.q[..., :72], q), (x.k[..., :72], k), (x.v_codes(), v)):
+        assert torch.equal(codes.contiguous().view(torch.uint8), want.view(torch.uint8))
+    assert x.q_scale.is_contiguous() and x.k_scale.is_contiguous() and x.v_scale.is_contiguous()
+    assert torch.equal(x.q_scale, q_descale[:, [0, 0, 1, 1], None])
+    assert torch.equal(x.k_scale, k_descale[..., None])
+    assert torch.equal(x.v_scale, v_descale[..., None].expand(2, 2, 72))
+    ones = from_fp8(q, k, v)
+    assert (ones.q_scale == 1).all() and (ones.k_scale == 1).all() and (ones.v_scale == 1).all()
+
+
+def test_from_fp8_checks_its_inputs(seed: int) -> None:
+    q, k, v, descale, _, _ = fp8_inputs(GQA, seed)
+    with pytest.raises(ValueError, match="if one is torch.float8_e4m3fn all must be"):
+        from_fp8(q, k, v.float())
+    with pytest.raises(ValueError, match=r"k_descale is torch.float32 of shape \(2, 4\)"):
+        from_fp8(q, k, v, descale, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="v_descale is torch.float64"):
+        from_fp8(q, k, v, v_descale=descale.double())
+    free = ("p_offset", "rescale_threshold", "accumulation", "row_sum", "rotation_seed")
+    other = replace(Fp8Recipe.default(), q_granularity="tensor", k_granularity="tensor", smooth_q=True)
+    for field in (f.name for f in fields(Fp8Recipe) if f.name not in free):
+        recipe = replace(Fp8Recipe.fa3(), **{field: getattr(other, field)})
+        with pytest.raises(ValueError, match=f"has {field} "):
+            from_fp8(q, k, v, recipe=recipe)
+    assert from_fp8(q, k, v, recipe=replace(Fp8Recipe.fa3(), accumulation=1)).recipe.accumulation == 1
