@@ -1,4 +1,7 @@
-"""The only Python file that touches the compiled module: tensors in, integers across, status out."""
+"""The compiled module's Python face: tensors in, integers across, status out.
+
+Only this file and quantize_kernels.py touch the compiled module.
+"""
 
 import itertools
 from typing import Any

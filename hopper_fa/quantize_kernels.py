@@ -156,20 +156,21 @@ def quantize_v(
 
     Args:
         v: (batch, seqlen, heads, head_dim), bfloat16 or float16.
-        mean, amax: of `token_stats`; None without smoothing, and for granularity "none". `mean` becomes v_mean.
+        mean, amax: of `token_stats`; None without smoothing, and for granularity "none". The mean becomes
+            v_mean in its place.
     """
     batch, seqlen, heads, head_dim = v.shape
     scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=v.device)
     out = _empty_v(v)
-    v_mean, workspace = mean, None
+    v_mean, error_mean, workspace = mean, None, None
     if recipe.compensate_v:
-        v_mean = torch.empty_like(scale) if mean is None else mean
+        v_mean = error_mean = torch.empty_like(scale) if mean is None else mean
         floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, False)
         workspace = torch.empty(max(1, floats), dtype=torch.float32, device=v.device)
     # fmt: off
     _run(
         _C.quantize_v, v, _pointer(mean), _pointer(amax), _C.GRANULARITIES[recipe.v_granularity],
-        _pointer(out), _pointer(scale), _pointer(v_mean if recipe.compensate_v else None), _pointer(workspace),
+        _pointer(out), _pointer(scale), _pointer(error_mean), _pointer(workspace),
     )
     # fmt: on
     return out, scale, v_mean

@@ -145,7 +145,7 @@ void bind_quantize(py::module_& m) {
   m.def("quantize_v", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
                          int batch, int seqlen, int heads, int head_dim, std::uintptr_t mean,
                          std::uintptr_t amax, int granularity, std::uintptr_t out, std::uintptr_t scale,
-                         std::uintptr_t stream) {
+                         std::uintptr_t error_mean, std::uintptr_t error_workspace, std::uintptr_t stream) {
     QuantizeVParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
     p.mean = pointer<float>(mean);
