@@ -93,7 +93,7 @@ def token_stats(
     batch, seqlen, heads, head_dim = x.shape
     floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, granularity is not None)
     workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
-    of_x = x.new_empty((batch, heads, head_dim), dtype=torch.float32) if mean else None
+    of_x = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=x.device) if mean else None
     amax = None
     if granularity is not None:
         shape = {"tensor": (1,), "head": (batch, heads)}.get(granularity, (batch, heads, head_dim))

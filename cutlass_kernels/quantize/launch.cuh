@@ -24,10 +24,11 @@ void set_amax_strides(Arguments& args, Granularity granularity, int heads, int h
   args.amax_batch = heads * args.amax_head;
 }
 
-inline Status launch_finish_stats(TokenStatsArguments const& args, int batch, cudaStream_t stream) {
+template <DType kIn>
+Status launch_finish_stats(TokenStatsArguments const& args, int batch, cudaStream_t stream) {
   int64_t const ctas = int64_t(batch) * args.heads * ceil_div(args.head_dim, 32);
   if (too_many(ctas)) return Status::kInvalidArgument;
-  finish_stats_kernel<<<unsigned(ctas), 1024, 0, stream>>>(args);
+  finish_stats_kernel<kIn><<<unsigned(ctas), 1024, 0, stream>>>(args);
   return launched();
 }
 
@@ -61,7 +62,7 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   int const shared = kStatsLanes * in.head_dim * int(sizeof(float));
   auto const kernel = args.extremes ? token_stats_kernel<kIn, true> : token_stats_kernel<kIn, false>;
   if (ctas) kernel<<<unsigned(ctas), threads, shared, stream>>>(args);
-  return launch_finish_stats(args, in.batch, stream);
+  return launch_finish_stats<kIn>(args, in.batch, stream);
 }
 
 template <DType kIn, DType kOut>
@@ -85,7 +86,8 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   args.other_mean = p.other_mean;
   args.dots = p.dots;
   args.queries = p.queries;
-  args.q_heads_per_kv = p.q_heads_per_kv;
+  args.q_heads_per_kv = make_divisor(p.q_heads_per_kv);
+  args.heads_kv = p.queries ? in.heads / p.q_heads_per_kv : in.heads;
   args.amax = p.amax;
   args.out = static_cast<uint8_t*>(p.out);
   args.scale = p.scale;
@@ -95,10 +97,11 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
                   : granularity == Granularity::kBlock ? ScaleOf::kTile
                                                        : ScaleOf::kGiven;
   bool const given = args.scale_of == ScaleOf::kGiven;
-  args.heads_a_amax = granularity == Granularity::kTensor  ? in.heads
-                      : granularity == Granularity::kGroup ? p.q_heads_per_kv
-                                                           : 1;
-  int const amaxes = in.heads / args.heads_a_amax;  // of a batch entry
+  int const heads_a_amax = granularity == Granularity::kTensor  ? in.heads
+                           : granularity == Granularity::kGroup ? p.q_heads_per_kv
+                                                                : 1;
+  args.heads_a_amax = make_divisor(heads_a_amax);
+  int const amaxes = in.heads / heads_a_amax;  // of a batch entry
   args.amax_batch = granularity == Granularity::kTensor ? 0 : amaxes;
 
   int const of_row = row_threads(in.head_dim);
@@ -146,15 +149,18 @@ Status launch_quantize_v(QuantizeVParams const& p, cudaStream_t stream) {
   int const threads = ceil_div(args.groups * in.head_dim / 8, 32) * 32;
   int const shared = in.head_dim * args.groups * 16;
   transpose_v_kernel<kIn><<<unsigned(ctas), threads, shared, stream>>>(args);
-  if (!p.error_mean) return launched();
-
-  TokenStatsArguments errors{};
-  errors.seqlen = in.seqlen, errors.heads = in.heads, errors.head_dim = in.head_dim;
-  errors.chunks = ceil_div(in.seqlen, kStatsChunk);
-  errors.workspace = p.error_workspace;
-  errors.mean = p.error_mean;
-  errors.add_to_mean = p.error_mean == p.mean;
-  return launch_finish_stats(errors, in.batch, stream);
+  if constexpr (kIn != DType::kE4M3) {
+    if (p.error_mean) {
+      TokenStatsArguments errors{};
+      errors.seqlen = in.seqlen, errors.heads = in.heads, errors.head_dim = in.head_dim;
+      errors.chunks = ceil_div(in.seqlen, kStatsChunk);
+      errors.workspace = p.error_workspace;
+      errors.mean = p.error_mean;
+      errors.add_to_mean = p.error_mean == p.mean;
+      return launch_finish_stats<kIn>(errors, in.batch, stream);
+    }
+  }
+  return launched();
 }
 
 }  // namespace hopper_fa

@@ -30,11 +30,13 @@ struct RowsArguments {
   float const* other_mean;  // see QuantizeRowsParams
   float* dots;
   bool queries;
-  int q_heads_per_kv;
+  Divisor q_heads_per_kv;
+  int heads_kv;
   ScaleOf scale_of;
   bool collect;    // find amax and write nothing else
   uint32_t* amax;  // kGiven: (bits of the largest finite magnitude, whether some element is not)
-  int amax_batch, heads_a_amax;  // its index is batch * amax_batch + head / heads_a_amax
+  int amax_batch;  // its index is batch * amax_batch + head / heads_a_amax
+  Divisor heads_a_amax;
   uint8_t* out;
   float* scale;
 };
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
 
   bool const with_dots = args.other_mean && !args.collect;
   if (with_dots && args.queries) {
-    int const other = tile.batch * (args.heads / args.q_heads_per_kv) + tile.head / args.q_heads_per_kv;
+    int const other = tile.batch * args.heads_kv + args.q_heads_per_kv.quotient(tile.head);
     part.template unpack_less<kIn>(raw, nullptr);
     float const dot = part.dot(args.other_mean + static_cast<int64_t>(other) * args.head_dim);
     if (exists && part.lane == 0) args.dots[static_cast<int64_t>(head_batch) * args.seqlen + row] = dot;
@@ -191,8 +193,9 @@ __global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
   else
     part.template unpack_less<kIn>(raw, nullptr);
   if (with_dots && !args.queries) {
-    for (int i = 0; i < args.q_heads_per_kv; ++i) {
-      int64_t const other = static_cast<int64_t>(head_batch) * args.q_heads_per_kv + i;
+    int const group = args.q_heads_per_kv.divisor;
+    for (int i = 0; i < group; ++i) {
+      int64_t const other = static_cast<int64_t>(head_batch) * group + i;
       float const dot = part.dot(args.other_mean + other * args.head_dim);
       if (exists && part.lane == 0) args.dots[other * args.seqlen + row] = dot;
     }
@@ -217,7 +220,8 @@ __global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
   uint32_t amax = exists ? __float_as_uint(largest) : 0;  // bits of floats >= 0 are ordered as the floats are
   bool group_broken;
 
-  int64_t const index = static_cast<int64_t>(tile.batch) * args.amax_batch + tile.head / args.heads_a_amax;
+  int64_t const index =
+      static_cast<int64_t>(tile.batch) * args.amax_batch + args.heads_a_amax.quotient(tile.head);
   int const warp_lane = threadIdx.x % 32;
   if (args.scale_of == ScaleOf::kRow) {
     for (int step = 1; step < kThreads; step *= 2) amax = max(amax, __shfl_xor_sync(~0u, amax, step));

@@ -130,7 +130,9 @@ __global__ void __launch_bounds__(512, kExtremes ? 1 : 2)
 }
 
 // A CTA: 32 channels of one head; warp w has the chunks w + 32 j. The chunk sums, filled up with zeros to a
-// power of two, are added by a[i] + a[i + half] until one is left.
+// power of two, are added by a[i] + a[i + half] until one is left. kIn: whose translation unit's copy this
+// is.
+template <DType kIn>
 __global__ void __launch_bounds__(1024)
     finish_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
   constexpr int kWarps = 32;
@@ -163,6 +165,7 @@ __global__ void __launch_bounds__(1024)
   shared[0][warp][lane] = x[0];
   if (args.extremes) {
     float low = INFINITY, high = -INFINITY;
+#pragma unroll 8
     for (int chunk = warp; chunk < args.chunks && exists; chunk += kWarps) {
       low = fminf(low, args.workspace[args.partials + base + at(chunk)]);
       high = fmaxf(high, args.workspace[2 * args.partials + base + at(chunk)]);

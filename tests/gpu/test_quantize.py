@@ -27,7 +27,7 @@ CASES = [
 pytestmark = [
     pytest.mark.skipif(
         not {"bf16", "fp16", "e4m3"} <= set(quantize_kernels.DTYPES),
-        reason="this build holds no quantisation kernels (-DHOPPER_FA_EXPERIMENTS=ON)",
+        reason="this build does not hold all quantisation kernels (-DHOPPER_FA_EXPERIMENTS=ON)",
     ),
     pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=DTYPE_NAMES.values()),
 ]
@@ -54,7 +54,7 @@ def assert_same(ours: QuantizedQKV, expected: QuantizedQKV) -> None:
         assert (a is None) == (b is None), name
         if b is not None and b.numel():
             largest = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest, equal_nan=True)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest + 1e-4, equal_nan=True)
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe) -> None:
