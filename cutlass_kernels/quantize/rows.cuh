@@ -1,10 +1,12 @@
 // Q and K: smoothing, rotation, scale and rounding of rows, in registers from load to store.
 //
 // Roofline: 2 bytes read and 1 written an element. 16k tokens x 2048 channels: 101 MB, 25 us at 4 TB/s, for Q
-// and again for K. With the rotation at head dim 128 an element costs 7 additions, 2 shuffles, and about 8
-// other instructions (unpack, mean, sign 2, norm, maximum, scale, rounding 2): 20 us of issue slots at 1.7
-// GHz, so loads, arithmetic and stores of different CTAs must overlap; 64 registers keep 1024 threads on an
-// SM. Scales of a head, group or tensor read everything twice: 42 us.
+// and again for K; scales of a head, group or tensor read everything twice: 42 us. Issue slots come close, so
+// loads, arithmetic and stores of different CTAs must overlap; 64 registers keep 1024 threads on an SM. With
+// mean, rotation and int8 at head dim 128 a thread issues about 860 instructions for its 32 elements (SASS):
+// first addresses and loads 90, mean 120, signs 55, butterflies 190 and 64 shuffles, norm and maximum 64,
+// scale 60, rounding and stores 170. That is 31 us at 1.75 GHz: issue binds there, memory without the
+// rotation.
 //
 // A row belongs to 2, 4 or 8 threads (head dims 64, 128, 256) with 32 columns each: octets t, t + threads,
 // ... Distances 1, 2, 4 of a butterfly are inside an octet, the next ones between threads, the last two
@@ -57,12 +59,17 @@ struct RowPart {
       for (int i = 0; i < 8; ++i) f(x[j][i]);
   }
 
-  // Elements [8 * column, 8 * column + 8) of a float32 vector of head_dim elements; 0 past them.
-  __device__ __forceinline__ void octet_of(float const* vector, int j, float (&v)[8]) const {
-    float4 const* const from = reinterpret_cast<float4 const*>(vector) + 2 * (lane + kThreads * j);
+  // This thread's first elements of a float32 vector of head_dim elements.
+  __device__ __forceinline__ float4 const* start_of(float const* vector) const {
+    return reinterpret_cast<float4 const*>(vector) + 2 * lane;
+  }
+
+  // Octet j of a vector that starts at `start`; 0 past head_dim.
+  __device__ __forceinline__ void octet_of(float4 const* start, int j, float (&v)[8]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float4 const w = column(j) < head_dim ? __ldg(from + i) : make_float4(0, 0, 0, 0);
+      float4 w = make_float4(0, 0, 0, 0);
+      if (column(j) < head_dim) w = __ldg(start + 2 * kThreads * j + i);
       v[4 * i] = w.x, v[4 * i + 1] = w.y, v[4 * i + 2] = w.z, v[4 * i + 3] = w.w;
     }
   }
@@ -71,11 +78,12 @@ struct RowPart {
   // NOTE: one octet at a time, so that the vector's elements are not all in registers beside the row's.
   template <DType kIn>
   __device__ __forceinline__ void unpack_less(uint4 const (&raw)[4], float const* vector) {
+    float4 const* const start = start_of(vector);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t const words[4] = {raw[j].x, raw[j].y, raw[j].z, raw[j].w};
       float v[8];
-      if (vector) octet_of(vector, j, v);
+      if (vector) octet_of(start, j, v);
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         float2 const pair = unpack<kIn>(words[i / 2]);
@@ -87,11 +95,12 @@ struct RowPart {
 
   // Product of the whole row with a vector, in every thread of the row.
   __device__ __forceinline__ float dot(float const* vector) {
+    float4 const* const start = start_of(vector);
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       float v[8];
-      octet_of(vector, j, v);
+      octet_of(start, j, v);
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += x[j][i] * v[i];
     }
@@ -108,8 +117,7 @@ struct RowPart {
     for (int j = 0; j < 4; ++j) {
       uint32_t const bits = signs[column(j) / 8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        x[j][i] = __uint_as_float(__float_as_uint(x[j][i]) ^ (bits << (31 - i) & 0x80000000u));
+      for (int i = 0; i < 8; ++i) x[j][i] = bits >> i & 1 ? -x[j][i] : x[j][i];
 #pragma unroll
       for (int distance = 1; distance < 8; distance *= 2)
 #pragma unroll
