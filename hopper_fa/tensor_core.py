@@ -67,11 +67,11 @@ class Accumulator:
         total = products.mul_(per_unit[:, None]).trunc_().sum(1)  # below 2**24, so exact
         if self.joins_alignment:
             return self._cut(total + (acc * per_unit).trunc_()) * unit
-        return self._cut(total * unit + acc)
+        return self._cut((total * unit).double() + acc)
 
     def _cut(self, x: torch.Tensor) -> torch.Tensor:
-        """x float32 with the fraction bits beyond fraction_bits set to 0."""
-        return (x.view(torch.int32) & -(1 << (23 - self.fraction_bits))).view(torch.float32)
+        """x with the fraction bits beyond fraction_bits set to 0, float32."""
+        return (x.double().view(torch.int64) & -(1 << (52 - self.fraction_bits))).view(torch.float64).float()
 
 
 HOPPER = Accumulator()
