@@ -17,21 +17,6 @@ DTYPES: tuple[str, ...] = tuple(_C.quantize_dtypes())
 _CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 
-def why_not(*tensors: torch.Tensor) -> str:
-    """One sentence that says why the kernels cannot take these (batch, seqlen, heads, head_dim) tensors; ""
-    if they can."""
-    names = {**DTYPE_NAMES, torch.float8_e4m3fn: "e4m3"}
-    for t in tensors:
-        if t.device.type != "cuda":
-            return f"a tensor is on {t.device}; the quantisation kernels run on Hopper GPUs; move it to one."
-        if names.get(t.dtype) not in DTYPES:
-            return (
-                f"this build of hopper_fa has no quantisation kernels for {t.dtype}; it holds "
-                f"{', '.join(DTYPES) or 'none'}; rebuild with -DHOPPER_FA_EXPERIMENTS=ON."
-            )
-    return ""
-
-
 def quantize_qkv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
 ) -> QuantizedQKV:
@@ -43,7 +28,7 @@ def quantize_qkv(
             start is no multiple of 16 bytes.
 
     Raises:
-        RuntimeError: a launch was refused.
+        RuntimeError: a launch was refused, or this build holds no kernels for the dtype (see DTYPES).
     """
     recipe = Fp8Recipe.default() if recipe is None else recipe
     q, k, v = (_aligned(t) for t in (q, k, v))
