@@ -33,3 +33,6 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|128|tma_store"
     "bf16|128|q_registers"
     "bf16|128|q_registers_6")
+
+# Quantisation, by input type; with -DHOPPER_FA_EXPERIMENTS=ON only, until they have run on a GPU.
+set(HOPPER_FA_QUANTIZE_EXPERIMENT_INSTANCES "bf16" "fp16" "e4m3")

@@ -31,6 +31,7 @@ EXPERIMENTS = {  # flag: (script, seconds it may take, what it does)
     "tiles": ("forward_tiles.py", 300, "every built tile"),
     "memory": ("memory.py", 90, "peak memory"),
     "overhead": ("overhead.py", 60, "CPU time of a call"),
+    "quantize": ("quantize_speed.py", 120, "quantisation beside a device copy"),
 }
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 9

@@ -1,4 +1,7 @@
-"""The only Python file that touches the compiled module: tensors in, integers across, status out."""
+"""The compiled module's Python face: tensors in, integers across, status out.
+
+Only this file and quantize_kernels.py touch the compiled module.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ tile_order = _C.tile_order
 choose_warpgroups = _C.choose_warpgroups
 
 _STATUS_OK = _C.STATUS_OK
-_STATUS_SENTENCES = {
+STATUS_SENTENCES = {
     _C.STATUS[
         "no_instance"
     ]: "this build holds no kernel for the dtype and head dim; see hopper_fa.build_info()",
@@ -184,7 +187,7 @@ def forward(
     )
     # fmt: on
     if status != _STATUS_OK:
-        raise RuntimeError(f"hopper_fa forward was not launched: {_STATUS_SENTENCES[status]}.")
+        raise RuntimeError(f"hopper_fa forward was not launched: {STATUS_SENTENCES[status]}.")
 
 
 def fp8_problem(recipe: Fp8Recipe) -> str | None:
@@ -251,7 +254,7 @@ def forward_fp8(
     )
     # fmt: on
     if status != _STATUS_OK:
-        raise RuntimeError(f"hopper_fa FP8 forward was not launched: {_STATUS_SENTENCES[status]}.")
+        raise RuntimeError(f"hopper_fa FP8 forward was not launched: {STATUS_SENTENCES[status]}.")
 
 
 def accumulator_probe(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -275,7 +278,7 @@ def accumulator_probe(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torc
             a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), problems, k, stream
         )
     if status != _STATUS_OK:
-        raise RuntimeError(f"the accumulator probe was not launched: {_STATUS_SENTENCES[status]}.")
+        raise RuntimeError(f"the accumulator probe was not launched: {STATUS_SENTENCES[status]}.")
     return d
 
 

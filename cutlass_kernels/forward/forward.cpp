@@ -1,8 +1,6 @@
 // Finds the instance a call asks for and runs it.
 #include "hopper_fa/forward.h"
 
-#include <atomic>
-
 #include "forward/instance.h"
 
 namespace hopper_fa {
@@ -25,21 +23,6 @@ Instance const* find(DType dtype, int tile) {
   for (Instance const& i : kInstances)
     if (i.dtype == dtype && i.tile == tile) return &i;
   return nullptr;
-}
-
-// Multiprocessors of a device, 0 if it is not compute capability 9.0 or does not answer.
-int hopper_sms(int device) {
-  static std::atomic<int> known[kCachedDevices];  // 0: not asked yet
-  bool const cached = device < kCachedDevices;
-  if (int const sms = cached ? known[device].load(std::memory_order_relaxed) : 0) return sms;
-  int major, minor, sms;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess || major != 9 ||
-      minor != 0)
-    return 0;
-  if (cached) known[device].store(sms, std::memory_order_relaxed);
-  return sms;
 }
 
 // Rows of 8-bit Q and K count one byte an element, so strides must be multiples of 16 elements.
@@ -66,8 +49,7 @@ Status run_forward(ForwardParams const& p, CUstream_st* stream) {
        (p.seqlen_k > 0 && (misstrided(p.k) || misstrided(p.v) || !p.fp8.k_scale.data))))
     return Status::kInvalidArgument;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return Status::kOk;
-  Device device = {0, 0};
-  if (cudaGetDevice(&device.index) == cudaSuccess) device.sms = hopper_sms(device.index);
+  Device const device = hopper_device();
   Status const status = device.sms > 0 ? instance->launch(p, device, stream) : Status::kWrongDevice;
   if (status != Status::kOk) cudaGetLastError();  // reported once: the next call must not find it
   return status;

@@ -3,15 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include "common/device.h"
 #include "common/tile_table.h"
 #include "hopper_fa/forward.h"
 
 namespace hopper_fa {
-
-struct Device {
-  int index, sms;  // the current one, and its multiprocessors
-};
-constexpr int kCachedDevices = 64;  // the first ones of a machine: what they answer is asked for once
 
 template <DType kDType, int kTileIndex>
 Status launch_forward(ForwardParams const& params, Device device, cudaStream_t stream);
