@@ -173,7 +173,11 @@ def check(binary: Path) -> list[str]:
         for tile in compiled.forward_tiles()
         for dtype in tile["dtypes"]
     }
-    logs = {path.stem: path.read_text() for path in (binary.parent / "build_log").glob("forward_*.log")}
+    logs = {
+        path.stem: path.read_text()
+        for family in ("forward", "quantize")
+        for path in (binary.parent / "build_log").glob(f"{family}_*.log")
+    }
     sass = disassemble(binary)
 
     quantize = [f"quantize_{dtype}" for dtype in compiled.quantize_dtypes()]
