@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from hopper_fa import emulator, emulator_fp8, kernels, reference
+from hopper_fa import emulator, emulator_fp8, kernels, quantize_kernels, reference
 from hopper_fa.quantization import QuantizedQKV, quantize_qkv
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.validation import check_forward, check_out_dtype, check_softmax
@@ -64,9 +64,11 @@ def run_recipe(
         RuntimeError: the backend has no kernel for it.
     """
     check_forward(q, k, v, softmax_scale, causal)
-    if resolve_fp8(backend, q.device) == "reference":
+    name = resolve_fp8(backend, q.device)
+    if name == "reference":
         return run_forward(q, k, v, softmax_scale, causal, "reference")
-    return run_quantized(quantize_qkv(q, k, v, recipe), softmax_scale, causal, q.dtype, backend)
+    quantize = quantize_kernels.quantize_qkv if name == "cuda" else quantize_qkv
+    return run_quantized(quantize(q, k, v, recipe), softmax_scale, causal, q.dtype, name)
 
 
 def run_quantized(
