@@ -30,7 +30,9 @@ class Mainloop {
   using Output =
       decltype(partition_fragment_C(typename Traits::MmaPV{}, Shape<_64, Int<Traits::kHeadDim>>{}));
   using Probabilities = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
-  using Q = decltype(make_tensor<Element>(typename Traits::LayoutQRegisters{}));
+  struct Nothing {};  // NOTE: an array that is not used changes the code of the d256 kernel all the same
+  using Q = std::conditional_t<kTile.q_in_registers,
+                               decltype(make_tensor<Element>(typename Traits::LayoutQRegisters{})), Nothing>;
 
   typename Traits::Arguments const& args_;
   Shared& shared_;
