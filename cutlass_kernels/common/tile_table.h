@@ -65,6 +65,11 @@ constexpr ForwardTile kForwardTiles[] = {
      true},
     {"q_registers_6", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, false,
      true},
+    {"cluster_q_registers", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2, false,
+     false, true},
+    {"cluster_wide", 128, 128, 192, 1, 4, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2},
+    {"pdl_tma_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true, true},
+    {"pdl_tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true, true},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

@@ -35,10 +35,14 @@ class Mainloop {
       typename Traits::template MmaPV<kPart>{}, Shape<_64, Int<Traits::template kPartColumns<kPart>>>{}));
   using Output =
       std::conditional_t<kFp8, decltype(make_tensor<float>(Int<Traits::kHeadDim / 2>{})), PartOfOutput<0>>;
+  struct Nothing {};  // NOTE: an array that is not used changes the code of the d256 kernel all the same
   // The widest part is the last: it has the row sum.
-  using Temporary = PartOfOutput<Traits::kParts - 1>;
+  using Temporary = std::conditional_t<kFp8, PartOfOutput<Traits::kParts - 1>, Nothing>;
   using Probabilities = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));
-  using Q = decltype(make_tensor<typename Traits::Element>(typename Traits::LayoutQRegisters{}));
+  using Q =
+      std::conditional_t<kTile.q_in_registers,
+                         decltype(make_tensor<typename Traits::Element>(typename Traits::LayoutQRegisters{})),
+                         Nothing>;
 
   typename Traits::Arguments const& args_;
   Shared& shared_;
@@ -366,7 +370,7 @@ class Mainloop {
   template <class Scores>
   __device__ __forceinline__ void accept(Scores const& p, float const (&alpha)[2]) {
     round_probabilities<Traits>(p, p_);
-    alpha_[0] = alpha[0], alpha_[1] = alpha[1];
+    if constexpr (kFp8) alpha_[0] = alpha[0], alpha_[1] = alpha[1];
   }
 
   __device__ __forceinline__ void clear_output() {
