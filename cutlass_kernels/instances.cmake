@@ -24,4 +24,19 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "e4m3|256|fp8"
     "int8|64|fp8"
     "int8|128|fp8"
-    "int8|256|fp8")
+    "int8|256|fp8"
+    "bf16|128|cluster"
+    "bf16|256|cluster"
+    "bf16|64|pdl"
+    "bf16|128|pdl"
+    "bf16|64|tma_store"
+    "bf16|128|tma_store"
+    "bf16|128|q_registers"
+    "bf16|128|q_registers_6"
+    "bf16|128|cluster_q_registers"
+    "bf16|128|cluster_wide"
+    "bf16|64|pdl_tma_store"
+    "bf16|128|pdl_tma_store")
+
+# Quantisation, by input type; with -DHOPPER_FA_EXPERIMENTS=ON only, until they have run on a GPU.
+set(HOPPER_FA_QUANTIZE_EXPERIMENT_INSTANCES "bf16" "fp16" "e4m3")

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from hopper_fa import emulator, emulator_fp8, kernels, reference
+from hopper_fa import emulator, emulator_fp8, kernels, quantize_kernels, reference
 from hopper_fa.quantization import QuantizedQKV, quantize_qkv
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.validation import check_forward, check_out_dtype, check_softmax
@@ -64,9 +64,11 @@ def run_recipe(
         RuntimeError: the backend has no kernel for it.
     """
     check_forward(q, k, v, softmax_scale, causal)
-    if resolve_fp8(backend) == "reference":
+    name = resolve_fp8(backend, q.device)
+    if name == "reference":
         return run_forward(q, k, v, softmax_scale, causal, "reference")
-    return run_quantized(quantize_qkv(q, k, v, recipe), softmax_scale, causal, q.dtype, backend)
+    quantize = quantize_kernels.quantize_qkv if name == "cuda" else quantize_qkv
+    return run_quantized(quantize(q, k, v, recipe), softmax_scale, causal, q.dtype, name)
 
 
 def run_quantized(
@@ -87,22 +89,34 @@ def run_quantized(
     """
     check_softmax(softmax_scale, causal)
     check_out_dtype(out_dtype)
+    name = resolve_fp8(backend, qkv.q.device)
     with torch.no_grad():
-        if resolve_fp8(backend) == "emulator":
+        if name == "emulator":
             return emulator_fp8.attention_fp8_emulated(qkv, softmax_scale, causal, out_dtype)
+        if name == "cuda":
+            batch, seqlen_q, heads_q, _ = qkv.q.shape
+            out = qkv.q.new_empty((batch, seqlen_q, heads_q, qkv.head_dim), dtype=out_dtype)
+            lse = qkv.q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
+            if batch and seqlen_q:
+                scale = qkv.head_dim**-0.5 if softmax_scale is None else softmax_scale
+                kernels.forward_fp8(qkv, out, lse, scale, causal)
+            return out, lse
         out, lse = emulator_fp8.attention_dequantized(qkv, softmax_scale, causal)
     return out.to(out_dtype).contiguous(), lse.float().contiguous()
 
 
-def resolve_fp8(backend: str | None) -> str:
-    """The backend, "emulator" or "reference", that runs a call in FP8; see `resolve`.
+def resolve_fp8(backend: str | None, device: torch.device) -> str:
+    """The backend, "cuda", "emulator" or "reference", that runs a call in FP8; see `resolve`.
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: the CUDA kernels were asked for, or nothing else was.
+        RuntimeError: the CUDA kernels were asked for, or nothing else was, and this build has none for FP8
+            or `device` is not a Hopper GPU.
     """
     name = _asked_for(backend)
     if name == "auto" or name == "cuda":
+        if kernels.HAS_FP8:
+            return resolve(backend, device)
         raise RuntimeError(
             "no FP8 kernel is built in this version of hopper_fa; ask for the slow emulation of one with "
             f'backend="emulator" or {ENVIRONMENT_VARIABLE}=emulator.'

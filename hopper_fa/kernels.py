@@ -1,7 +1,12 @@
-"""The only Python file that touches the compiled module: tensors in, integers across, status out."""
+"""The compiled module's Python face: tensors in, integers across, status out.
+
+Only this file and quantize_kernels.py touch the compiled module.
+"""
+
+from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +18,12 @@ except ImportError as error:
         "and start Python from another folder, where the bare sources do not hide the installed package"
     ) from error
 
+if TYPE_CHECKING:
+    from hopper_fa.quantization import QuantizedQKV
+    from hopper_fa.recipe import Fp8Recipe
+
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+FP8_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}  # of quantised Q and K
 MAX_HEAD_DIM = 256
 
 # Rows of the tile table (its fields: common/tile_table.h), each with the `dtypes` that are built.
@@ -29,7 +39,7 @@ tile_order = _C.tile_order
 choose_warpgroups = _C.choose_warpgroups
 
 _STATUS_OK = _C.STATUS_OK
-_STATUS_SENTENCES = {
+STATUS_SENTENCES = {
     _C.STATUS[
         "no_instance"
     ]: "this build holds no kernel for the dtype and head dim; see hopper_fa.build_info()",
@@ -69,13 +79,14 @@ def _built_instances() -> dict[tuple[torch.dtype, int, str], tuple[int, int]]:
         widest = max(row["head_dim"] for row in FORWARD_TILES if row["variant"] == variant)
         for head_dim in range(8, widest + 1, 8):
             row = forward_tile(head_dim, variant)
-            for dtype, name in DTYPE_NAMES.items():
+            for dtype, name in (DTYPE_NAMES | FP8_DTYPE_NAMES).items():
                 if name in row["dtypes"]:
                     instances[dtype, head_dim, variant] = (_C.DTYPES[name], row["tile"])
     return instances
 
 
 _INSTANCES = _built_instances()
+HAS_FP8 = any(dtype in FP8_DTYPE_NAMES for dtype, _, _ in _INSTANCES)  # experiment builds
 
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle, another stream in every thread
@@ -176,7 +187,99 @@ def forward(
     )
     # fmt: on
     if status != _STATUS_OK:
-        raise RuntimeError(f"hopper_fa forward was not launched: {_STATUS_SENTENCES[status]}.")
+        raise RuntimeError(f"hopper_fa forward was not launched: {STATUS_SENTENCES[status]}.")
+
+
+def fp8_problem(recipe: Fp8Recipe) -> str | None:
+    """What the FP8 kernel cannot do of a recipe, or None. The emulator can do all of it."""
+    if recipe.accumulation != 1 or recipe.rescale_threshold != 0 or recipe.row_sum != "product":
+        return 'only accumulation=1, rescale_threshold=0 and row_sum="product"'
+    if recipe.k_granularity == "token" or recipe.smooth_q:
+        return 'no k_granularity="token" and no smooth_q'
+    return None
+
+
+def forward_fp8(
+    qkv: QuantizedQKV,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    variant: str = "fp8",
+) -> None:
+    """Put the FP8 forward kernel into the current stream of the tensors' device; waits for nothing.
+
+    Args:
+        qkv: on a CUDA device, of a recipe without `fp8_problem`.
+        out: (batch, seqlen_q, heads_q, head_dim) bfloat16 or float16, written; strides as for `forward`.
+        lse: (batch, heads_q, seqlen_q) float32, contiguous, written.
+        variant: tile-table variant.
+
+    Raises:
+        RuntimeError: no instance is built for the dtype, head dim and variant, the recipe has a field the
+            kernel does not know, or the launch was refused.
+    """
+    instance = _INSTANCES.get((qkv.q.dtype, qkv.head_dim, variant))
+    if instance is None:
+        raise RuntimeError(_not_built(qkv.q.dtype, qkv.head_dim, variant))
+    if problem := fp8_problem(qkv.recipe):
+        raise RuntimeError(f"the FP8 kernel takes {problem}; the recipe is {qkv.recipe}; change it.")
+    batch, _, heads_q, _ = qkv.q.shape
+    heads_kv = qkv.k.shape[2]
+    index = qkv.q.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return forward_fp8(qkv, out, lse, softmax_scale, causal, variant)
+    v_mean = torch.zeros_like(qkv.v_scale) if qkv.v_mean is None else qkv.v_mean
+    q_batch, q_row, q_head, _ = qkv.q.stride()
+    k_batch, k_row, k_head, _ = qkv.k.stride()
+    v_batch, v_head, v_row, _ = qkv.v.stride()
+    out_batch, out_row, out_head, _ = out.stride()
+    k_group = 1 if qkv.recipe.k_granularity == "block" else 0
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    # fmt: off
+    status = _C.forward_fp8(
+        *instance,
+        qkv.q.data_ptr(), q_batch, q_row, q_head,
+        qkv.k.data_ptr(), k_batch, k_row, k_head,
+        qkv.v.data_ptr(), v_batch, v_row, v_head,
+        out.data_ptr(), out_batch, out_row, out_head,
+        lse.data_ptr(), _workspace(index, stream).data_ptr(),
+        batch, qkv.seqlen_q, qkv.seqlen_k, heads_q, heads_kv, qkv.head_dim, softmax_scale, causal, stream,
+        _C.DTYPES[DTYPE_NAMES[out.dtype]],
+        (qkv.q_scale.data_ptr(), *qkv.q_scale.stride()), qkv.q_group_rows,
+        (qkv.k_scale.data_ptr(), *qkv.k_scale.stride()[:2], k_group),
+        qkv.v_scale.data_ptr(), v_mean.data_ptr(),
+        0 if qkv.lse_shift is None else qkv.lse_shift.data_ptr(), qkv.recipe.p_offset,
+    )
+    # fmt: on
+    if status != _STATUS_OK:
+        raise RuntimeError(f"hopper_fa FP8 forward was not launched: {STATUS_SENTENCES[status]}.")
+
+
+def accumulator_probe(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """c + a @ b^T by WGMMA m64n8k32, all of k in one tensor-core accumulator; what the FP8 sums really are.
+
+    Args:
+        a: (problems, 64, k) float8_e4m3fn, contiguous, CUDA, k a positive multiple of 32.
+        b: (problems, 8, k) float8_e4m3fn, contiguous. c: (problems, 64, 8) float32, contiguous.
+
+    Returns:
+        (problems, 64, 8) float32.
+
+    Raises:
+        RuntimeError: the launch was refused.
+    """
+    d = torch.empty_like(c)
+    problems, _, k = a.shape
+    stream = torch._C._cuda_getCurrentRawStream(a.device.index)
+    with torch.cuda.device(a.device):
+        status = _C.accumulator_probe(
+            a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), problems, k, stream
+        )
+    if status != _STATUS_OK:
+        raise RuntimeError(f"the accumulator probe was not launched: {STATUS_SENTENCES[status]}.")
+    return d
 
 
 def _not_built(dtype: torch.dtype, head_dim: int, variant: str) -> str:
@@ -185,8 +288,9 @@ def _not_built(dtype: torch.dtype, head_dim: int, variant: str) -> str:
         for row in FORWARD_TILES
         if row["dtypes"]
     )
+    name = (DTYPE_NAMES | FP8_DTYPE_NAMES)[dtype]
     return (
-        f"this build of hopper_fa has no forward kernel for {DTYPE_NAMES[dtype]} with head_dim {head_dim} "
+        f"this build of hopper_fa has no forward kernel for {name} with head_dim {head_dim} "
         f"({variant}); it holds {built or 'none'}; rebuild with -DHOPPER_FA_HEAD_DIMS and "
         "-DHOPPER_FA_DTYPES listing it."
     )

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <iterator>
 #include <string>
 #include <tuple>
@@ -14,6 +15,8 @@
 #include "common/tile_table.h"
 #include "hopper_fa/forward.h"
 #include "hopper_fa/probe.h"
+#include "hopper_fa/quantize.h"
+#include "quantize/layout.h"
 
 namespace py = pybind11;
 using namespace hopper_fa;
@@ -48,6 +51,10 @@ py::dict tile_dict(int index) {
   d["rescale_threshold"] = t.rescale_threshold;
   d["element_bytes"] = t.element_bytes;
   d["pv_parts"] = t.pv_parts;
+  d["cluster"] = t.cluster;
+  d["dependent_launch"] = t.dependent_launch;
+  d["tma_store"] = t.tma_store;
+  d["q_in_registers"] = t.q_in_registers;
   d["shared_memory"] = forward_shared_memory(t);
   return d;
 }
@@ -141,6 +148,100 @@ void def_forward(py::module_& m, ForwardParams (*make)(Args...)) {
   });
 }
 
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Input types ("bf16", "fp16", "e4m3") that this binary holds quantisation kernels for.
+std::vector<std::string> quantize_dtypes() {
+  std::vector<std::string> dtypes;
+  if (has_quantize(DType::kBF16)) dtypes.push_back("bf16");
+  if (has_quantize(DType::kFP16)) dtypes.push_back("fp16");
+  if (has_quantize(DType::kE4M3)) dtypes.push_back("e4m3");
+  return dtypes;
+}
+
+// Flat arguments, as of `forward`; 0 stands for null pointers.
+void bind_quantize(py::module_& m) {
+  m.attr("GRANULARITIES") = py::dict(py::arg("none") = static_cast<int>(Granularity::kNone),
+                                     py::arg("tensor") = static_cast<int>(Granularity::kTensor),
+                                     py::arg("group") = static_cast<int>(Granularity::kGroup),
+                                     py::arg("head") = static_cast<int>(Granularity::kHead),
+                                     py::arg("block") = static_cast<int>(Granularity::kBlock),
+                                     py::arg("token") = static_cast<int>(Granularity::kToken),
+                                     py::arg("channel") = static_cast<int>(Granularity::kChannel));
+  m.def("quantize_dtypes", &quantize_dtypes);
+  m.def("token_stats_workspace", &token_stats_workspace);
+
+  m.def("token_stats", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
+                          int batch, int seqlen, int heads, int head_dim, std::uintptr_t workspace,
+                          std::uintptr_t mean, std::uintptr_t amax, int granularity, std::uintptr_t stream) {
+    TokenStatsParams p;
+    p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
+    p.workspace = pointer<float>(workspace);
+    p.mean = pointer<float>(mean);
+    p.amax = pointer<uint32_t>(amax);
+    p.granularity = static_cast<Granularity>(granularity);
+    return static_cast<int>(run_token_stats(p, pointer<CUstream_st>(stream)));
+  });
+
+  m.def("quantize_rows", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
+                            int batch, int seqlen, int heads, int head_dim, int out_dtype, bool queries,
+                            int q_heads_per_kv, int granularity, int rows_per_block, std::uintptr_t mean,
+                            bool rotate, std::string const& signs, std::uintptr_t other_mean,
+                            std::uintptr_t dots, std::uintptr_t amax, std::uintptr_t out,
+                            std::uintptr_t scale, std::uintptr_t stream) {
+    QuantizeRowsParams p{};
+    if (signs.size() > sizeof(p.signs)) return static_cast<int>(Status::kInvalidArgument);
+    p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
+    p.out_dtype = static_cast<DType>(out_dtype);
+    p.queries = queries;
+    p.q_heads_per_kv = q_heads_per_kv;
+    p.granularity = static_cast<Granularity>(granularity);
+    p.rows_per_block = rows_per_block;
+    p.mean = pointer<float>(mean);
+    p.rotate = rotate;
+    std::memcpy(p.signs, signs.data(), signs.size());
+    p.other_mean = pointer<float>(other_mean);
+    p.dots = pointer<float>(dots);
+    p.amax = pointer<uint32_t>(amax);
+    p.out = pointer<void>(out);
+    p.scale = pointer<float>(scale);
+    return static_cast<int>(run_quantize_rows(p, pointer<CUstream_st>(stream)));
+  });
+
+  m.def("quantize_v", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
+                         int batch, int seqlen, int heads, int head_dim, std::uintptr_t mean,
+                         std::uintptr_t amax, int granularity, std::uintptr_t out, std::uintptr_t scale,
+                         std::uintptr_t error_mean, std::uintptr_t error_workspace, std::uintptr_t stream) {
+    QuantizeVParams p;
+    p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
+    p.mean = pointer<float>(mean);
+    p.amax = pointer<uint32_t>(amax);
+    p.granularity = static_cast<Granularity>(granularity);
+    p.out = pointer<void>(out);
+    p.scale = pointer<float>(scale);
+    p.error_mean = pointer<float>(error_mean);
+    p.error_workspace = pointer<float>(error_workspace);
+    return static_cast<int>(run_quantize_v(p, pointer<CUstream_st>(stream)));
+  });
+
+  // Host-compiled index arithmetic, for the tests.
+  m.def("tile_columns", &tile_columns);
+  m.def("key_at", &key_at);
+  m.def("key_mask", &key_mask);
+  m.def("hadamard_block", &hadamard_block);
+  m.def("hadamard_norm", &hadamard_norm);
+  m.def("row_threads", &row_threads);
+  m.def("v_tile_groups", &v_tile_groups);
+  m.def("v_slot", &v_slot);
+  m.def("quantize_tile", [](int index, int heads, int blocks) {
+    QuantizeTile const t = make_quantize_tiles(heads, blocks).get(index);
+    return std::make_tuple(t.block, t.head, t.batch);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -183,4 +284,6 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("tile_order", &tile_order);
   m.def("choose_warpgroups", &choose_warpgroups);
+
+  bind_quantize(m);
 }

@@ -1,9 +1,9 @@
 """Build check: is every compiled kernel what its source means it to be?
 
 Reads ptxas's report of each instance (hopper_fa/build_log/*.log) and the SASS of the installed binary, prints
-one line a kernel, and exits 1 on spills, local memory, serialised WGMMA, an ignored setmaxnreg, or where
-tensor-core (HGMMA, QGMMA, IGMMA), TMA load (UTMALDG) or register-reallocation (USETMAXREG) instructions are
-missing.
+one line a kernel, and exits 1 on spills, local memory, serialised WGMMA, an ignored setmaxnreg, or where an
+attention kernel lacks tensor-core (HGMMA, QGMMA, IGMMA), TMA load (UTMALDG) or register-reallocation
+(USETMAXREG) instructions.
 
     python tests/check_build.py              # the installed package
     python tests/check_build.py PACKAGE_DIR  # another folder that holds _C and build_log
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-KERNEL_NAME = "forward_kernel"  # part of the mangled name of every kernel that is checked
+KERNEL_NAME = "forward_kernel"  # part of the mangled name of every attention kernel
 
 # C7508: setmaxnreg ignored. C7510, C7511, C7514, C7517: WGMMA serialised. The texts catch their relatives.
 FATAL_WARNING = re.compile(r"\(C75(08|10|11|14|17)\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
@@ -89,8 +89,8 @@ def parse_sass(lines: Iterable[str]) -> dict[str, SassReport]:
     return functions
 
 
-def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict, dtype: str) -> list[str]:
-    """What is wrong with one kernel; `tile` is its row of hopper_fa._C.forward_tiles(), `dtype` that of Q."""
+def memory_problems(ptxas: PtxasReport, sass: SassReport) -> list[str]:
+    """Spills and local memory, which no kernel may have."""
     problems = []
     if ptxas.registers < 0 or ptxas.stack < 0:
         problems.append("no ptxas report")
@@ -100,6 +100,12 @@ def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict, dtype: str
         problems.append(f"local memory: {ptxas.stack} bytes of stack")
     if accesses := sass.opcodes["LDL"] + sass.opcodes["STL"]:
         problems.append(f"local memory: {accesses} LDL/STL")
+    return problems
+
+
+def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict, dtype: str) -> list[str]:
+    """What is wrong with an attention kernel; `tile` is its row of _C.forward_tiles(), `dtype` that of Q."""
+    problems = memory_problems(ptxas, sass)
     wanted_products = {"e4m3": ["QGMMA"], "int8": ["IGMMA", "QGMMA"]}.get(dtype, ["HGMMA"])
     problems += [f"no {opcode}" for opcode in wanted_products if not sass.opcodes[opcode]]
     if not sass.opcodes["UTMALDG"]:
@@ -167,12 +173,18 @@ def check(binary: Path) -> list[str]:
         for tile in compiled.forward_tiles()
         for dtype in tile["dtypes"]
     }
-    logs = {path.stem: path.read_text() for path in (binary.parent / "build_log").glob("forward_*.log")}
+    logs = {
+        path.stem: path.read_text()
+        for family in ("forward", "quantize")
+        for path in (binary.parent / "build_log").glob(f"{family}_*.log")
+    }
     sass = disassemble(binary)
 
+    quantize = [f"quantize_{dtype}" for dtype in compiled.quantize_dtypes()]
+    names = {*tiles, *quantize}
     problems = [] if tiles else ["the binary holds no kernel"]
-    problems += [f"{name}: in the binary, but without a compile log" for name in tiles if name not in logs]
-    problems += [f"{name}: compile log of a kernel not in the binary" for name in logs if name not in tiles]
+    problems += [f"{name}: in the binary, but without a compile log" for name in names - logs.keys()]
+    problems += [f"{name}: compile log of a kernel not in the binary" for name in logs.keys() - names]
     print(f"{binary}: CUDA {compiled.cuda_version}, CUTLASS {compiled.cutlass_version}")
     print(COLUMNS.format("kernel", "regs", "setmaxnreg", "smem", "GMMA", "UTMALDG", "spills", "stack"))
     for name, tile in tiles.items():
@@ -192,6 +204,13 @@ def check(binary: Path) -> list[str]:
             loads, shared_memory = code.opcodes["UTMALDG"], tile["shared_memory"]
             row = (name, ptxas.registers, setmaxnreg, shared_memory, products, loads, spills, ptxas.stack)
             print(COLUMNS.format(*row))
+    for name in quantize:
+        for symbol, ptxas in parse_compile_log(logs.get(name, ""))[0].items():
+            problems += [f"{symbol}: {p}" for p in memory_problems(ptxas, sass.get(symbol, SassReport()))]
+            kernel = re.sub(r"^_ZN9hopper_fa\d+|_kernelI.*$", "", symbol)
+            kernel += f"<{','.join(re.findall(r'L(?:NS_5DTypeE|S1_|i|b)([0-9]+)E', symbol))}>"
+            spills = ptxas.spill_stores + ptxas.spill_loads
+            print(COLUMNS.format(kernel, ptxas.registers, *"----", spills, ptxas.stack))
     return problems
 
 

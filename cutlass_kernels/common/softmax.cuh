@@ -124,8 +124,9 @@ struct QuantizedSoftmax {
     block_max(s, none, unscaled);
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      // NOTE: never 0, which would turn the mask's -inf into NaN.
-      scale[r] = max_nan(row_scale[r] * block_scale, 0x1p-149f);
+      // NOTE: never 0, which would turn the mask's -inf into NaN; nor NaN where the row sees no key of the
+      // block.
+      scale[r] = unscaled[r] == -INFINITY ? 1.f : max_nan(row_scale[r] * block_scale, 0x1p-149f);
       float const new_max = max_nan(row_max[r], unscaled[r] * scale[r]);
       bool const empty = new_max == -INFINITY;
       alpha[r] = empty ? 0.f : exp2_sfu(row_max[r] - new_max);

@@ -26,6 +26,10 @@ struct ForwardTile {
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its columns
   // one after the other, and is added to O in FP32. 0: P V accumulates in O itself.
   int pv_parts = 0;
+  int cluster = 1;                // CTAs that take neighbouring tiles of a head and share their K and V loads
+  bool dependent_launch = false;  // the next launch of the stream may start under the end of this one
+  bool tma_store = false;         // the output leaves through the tile's Q stage and TMA
+  bool q_in_registers = false;    // Q is copied to registers once a tile, and its stage is free at once
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -49,6 +53,23 @@ constexpr ForwardTile kForwardTiles[] = {
     {"fp8", 128, 128, 128, 2, 10, 24, 240, PingPong::kAfterPV, true, 0, 0.0f, 1, 1},
     {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
+    // Not measured yet; the last columns: element bytes, PV parts, cluster, dependent launch, TMA store, Q in
+    // registers.
+    {"cluster", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2},
+    {"cluster", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2},
+    {"pdl", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true},
+    {"pdl", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true},
+    {"tma_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, true},
+    {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, true},
+    {"q_registers", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, false,
+     true},
+    {"q_registers_6", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, false,
+     true},
+    {"cluster_q_registers", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2, false,
+     false, true},
+    {"cluster_wide", 128, 128, 192, 1, 4, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2},
+    {"pdl_tma_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true, true},
+    {"pdl_tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true, true},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

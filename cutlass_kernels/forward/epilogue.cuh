@@ -98,7 +98,7 @@ __device__ __forceinline__ void store_output(ForwardArguments const& args, Tile 
       rows.lse[8 * r] = lse[r];
       if constexpr (Traits::kFp8) {
         int const row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
-        if (dequantisation.lse_shift)
+        if (dequantisation.lse_shift && lse[r] != -INFINITY)
           rows.lse[8 * r] = lse[r] + args.softmax_scale * __ldg(dequantisation.lse_shift + row);
       }
     }

@@ -25,21 +25,12 @@ Instance const* find(DType dtype, int tile) {
   return nullptr;
 }
 
-// Multiprocessors of the current device, 0 if it is not compute capability 9.0.
-int hopper_sms() {
-  int device, major, minor, sms;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 0;
-  return major == 9 && minor == 0 ? sms : 0;
-}
-
 // Rows of 8-bit Q and K count one byte an element, so strides must be multiples of 16 elements.
 bool misstrided(TensorRef const& t) { return (t.batch_stride | t.row_stride | t.head_stride) % 16 != 0; }
 
-bool misaligned(TensorRef const& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 != 0; }
+bool misaligned(void const* data, int bytes) { return reinterpret_cast<uintptr_t>(data) % bytes != 0; }
+
+bool misaligned(TensorRef const& t) { return misaligned(t.data, 16); }
 
 }  // namespace
 
@@ -53,12 +44,13 @@ Status run_forward(ForwardParams const& p, CUstream_st* stream) {
       misaligned(p.q) || misaligned(p.k) || misaligned(p.v) || misaligned(p.out) || !p.workspace)
     return Status::kInvalidArgument;
   if (is_8bit(p.dtype) &&
-      (misstrided(p.q) || misstrided(p.k) || misstrided(p.v) || !p.fp8.q_scale.data || !p.fp8.k_scale.data ||
-       !p.fp8.v_scale || !p.fp8.v_mean || p.fp8.q_group_rows < 1 || is_8bit(p.fp8.out_dtype)))
+      (misstrided(p.q) || !p.fp8.q_scale.data || p.fp8.q_group_rows < 1 || is_8bit(p.fp8.out_dtype) ||
+       !p.fp8.v_scale || !p.fp8.v_mean || misaligned(p.fp8.v_scale, 8) || misaligned(p.fp8.v_mean, 8) ||
+       (p.seqlen_k > 0 && (misstrided(p.k) || misstrided(p.v) || !p.fp8.k_scale.data))))
     return Status::kInvalidArgument;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return Status::kOk;
-  int const sms = hopper_sms();
-  Status const status = sms > 0 ? instance->launch(p, sms, stream) : Status::kWrongDevice;
+  Device const device = hopper_device();
+  Status const status = device.sms > 0 ? instance->launch(p, device, stream) : Status::kWrongDevice;
   if (status != Status::kOk) cudaGetLastError();  // reported once: the next call must not find it
   return status;
 }

@@ -21,16 +21,33 @@ Status encode_v_map(CUtensorMap& map, ForwardParams const& p) {
                              Traits::kSlabColumns, Traits::kBlockN);
 }
 
-template <DType kDType, int kTileIndex>
-Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) {
-  using Traits = ForwardTraits<kDType, kTileIndex>;
-  constexpr int kSharedBytes = forward_shared_memory(Traits::kTile);
+// How many CTAs of the kernel, or clusters of CTAs, the device holds at a time; 0 if the runtime refuses
+// them. The first call on a device asks the runtime, and sets the kernel's limit of shared memory.
+template <class Traits>
+int fitting_ctas(cudaLaunchConfig_t const& config, Device device) {
+  static std::atomic<int> known[kCachedDevices];  // 0: not asked yet
+  bool const cached = device.index < kCachedDevices;
+  if (int const fitting = cached ? known[device.index].load(std::memory_order_relaxed) : 0) return fitting;
+  auto const kernel = forward_kernel<Traits>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(config.dynamicSmemBytes)) != cudaSuccess)
+    return 0;
+  int fitting = device.sms;
+  if (Traits::kCluster > 1 && cudaOccupancyMaxActiveClusters(&fitting, kernel, &config) != cudaSuccess)
+    return 0;
+  if (cached) known[device.index].store(fitting, std::memory_order_relaxed);
+  return fitting;
+}
 
-  ForwardArguments args;
+template <DType kDType, int kTileIndex>
+Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream) {
+  using Traits = ForwardTraits<kDType, kTileIndex>;
+
+  typename Traits::Arguments args;
   int const group = p.heads_q / p.heads_kv;
-  args.warpgroups = choose_warpgroups(Traits::kWarpgroups, p.batch * p.heads_q, p.seqlen_q, num_sms);
+  args.warpgroups = choose_warpgroups(Traits::kWarpgroups, p.batch * p.heads_q, p.seqlen_q, device.sms);
   args.scheduler =
-      make_tile_scheduler(p.batch, p.heads_q, group, p.seqlen_q, 64 * args.warpgroups,
+      make_tile_scheduler(p.batch, p.heads_q, group, p.seqlen_q, 64 * args.warpgroups * Traits::kCluster,
                           int64_t(p.seqlen_k) * p.head_dim * 2 * sizeof(typename Traits::Element), p.causal);
   Status status = encode_tensor_map(args.q, p.q, kDType, {p.head_dim, p.seqlen_q, p.heads_q, p.batch},
                                     Traits::kSlabColumns, 64);
@@ -39,6 +56,11 @@ Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) 
       status = encode_tensor_map(args.k, p.k, kDType, {p.head_dim, p.seqlen_k, p.heads_kv, p.batch},
                                  Traits::kSlabColumns, Traits::kBlockN);
     if (status == Status::kOk) status = encode_v_map<Traits>(args.v, p);
+  }
+  if constexpr (Traits::kTile.tma_store) {
+    if (status == Status::kOk)
+      status = encode_tensor_map(args.out_map, p.out, kDType, {p.head_dim, p.seqlen_q, p.heads_q, p.batch},
+                                 Traits::kSlabColumns, 16);
   }
   if (status != Status::kOk) return status;
   args.out = p.out.data;
@@ -60,22 +82,28 @@ Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) 
   args.fp8 = p.fp8;
   args.softmax_scale = p.softmax_scale;
 
-  auto const kernel = forward_kernel<Traits>;
-  // The shared-memory limit is a property of (kernel, device), set on the first call on each of the first 64
-  // devices.
-  static std::atomic<uint64_t> configured{0};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return Status::kLaunchError;
-  uint64_t const bit = device < 64 ? uint64_t(1) << device : 0;
-  if (!(configured.load(std::memory_order_relaxed) & bit)) {
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes) !=
-        cudaSuccess)
-      return Status::kLaunchError;
-    configured.fetch_or(bit, std::memory_order_relaxed);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = Traits::kCluster;
+  config.blockDim = Traits::kThreads;
+  config.dynamicSmemBytes = forward_shared_memory(Traits::kTile);
+  config.stream = stream;
+  config.attrs = attributes;
+  if constexpr (Traits::kCluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {Traits::kCluster, 1, 1};
   }
-  int const ctas = args.scheduler.num_tiles < num_sms ? args.scheduler.num_tiles : num_sms;
-  kernel<<<ctas, Traits::kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchError;
+  if constexpr (Traits::kTile.dependent_launch) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  int const fitting = fitting_ctas<Traits>(config, device);
+  if (fitting == 0) return Status::kLaunchError;
+  config.gridDim = Traits::kCluster * min_int(args.scheduler.num_tiles, fitting);
+  return cudaLaunchKernelEx(&config, forward_kernel<Traits>, args) == cudaSuccess ? Status::kOk
+                                                                                  : Status::kLaunchError;
 }
 
 }  // namespace hopper_fa
@@ -83,4 +111,4 @@ Status launch_forward(ForwardParams const& p, int num_sms, cudaStream_t stream) 
 #define HOPPER_FA_FORWARD_INSTANCE(dtype, head_dim, variant)                                              \
   template hopper_fa::Status hopper_fa::launch_forward<hopper_fa::dtype_token::dtype,                     \
                                                        hopper_fa::forward_tile_index(head_dim, variant)>( \
-      hopper_fa::ForwardParams const&, int, cudaStream_t);
+      hopper_fa::ForwardParams const&, hopper_fa::Device, cudaStream_t);

@@ -15,6 +15,8 @@
 #include "common/mask.cuh"
 #include "common/softmax.cuh"
 #include "forward/epilogue.cuh"
+#include "forward/epilogue_tma.cuh"
+#include "forward/operands.cuh"
 #include "forward/traits.cuh"
 
 namespace hopper_fa {
@@ -25,6 +27,7 @@ class Mainloop {
   static constexpr ForwardTile kTile = Traits::kTile;
   static constexpr bool kFp8 = Traits::kFp8;
   static constexpr int kBlockN = Traits::kBlockN;
+  static constexpr int kCluster = Traits::kCluster;
   using Softmax =
       std::conditional_t<kFp8, QuantizedSoftmax<kTile.fma_exp2_octets>, OnlineSoftmax<kTile.fma_exp2_octets>>;
   template <int kPart>
@@ -32,11 +35,16 @@ class Mainloop {
       typename Traits::template MmaPV<kPart>{}, Shape<_64, Int<Traits::template kPartColumns<kPart>>>{}));
   using Output =
       std::conditional_t<kFp8, decltype(make_tensor<float>(Int<Traits::kHeadDim / 2>{})), PartOfOutput<0>>;
+  struct Nothing {};  // NOTE: an array that is not used changes the code of the d256 kernel all the same
   // The widest part is the last: it has the row sum.
-  using Temporary = PartOfOutput<Traits::kParts - 1>;
+  using Temporary = std::conditional_t<kFp8, PartOfOutput<Traits::kParts - 1>, Nothing>;
   using Probabilities = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));
+  using Q =
+      std::conditional_t<kTile.q_in_registers,
+                         decltype(make_tensor<typename Traits::Element>(typename Traits::LayoutQRegisters{})),
+                         Nothing>;
 
-  ForwardArguments const& args_;
+  typename Traits::Arguments const& args_;
   Shared& shared_;
   int const warpgroup_;  // among the computing ones
   Baton const baton_;
@@ -48,14 +56,16 @@ class Mainloop {
   float alpha_[2];        // 8 bit: what O must be multiplied by before the product of p_ joins it
   int k_scales_;          // 8 bit: where those of the head start whose scores come next
   Probabilities p_;       // 64 x kBlockN, of the last block whose QK is done
+  Q q_;                   // 64 x head_dim of the present tile (q_in_registers)
   Softmax softmax_;       // of the tile that p_ belongs to
   Tile tile_;             // that tile
+  int q_slot_;            // where its Q was, and its output will be (tma_store)
   bool pending_ = false;  // p_ still waits for its V
   bool accumulate_ = false;  // output_ holds something of tile_ already
   bool started_ = false;     // the CTA has read a K block: a V block follows the next one
 
  public:
-  __device__ Mainloop(ForwardArguments const& args, Shared& shared, int warpgroup)
+  __device__ Mainloop(typename Traits::Arguments const& args, Shared& shared, int warpgroup)
       : args_(args),
         shared_(shared),
         warpgroup_(warpgroup),
@@ -68,9 +78,9 @@ class Mainloop {
   // the start of every turn: without a loading warp, that is where the loads are issued.
   template <class Refill>
   __device__ __forceinline__ void run(Tile const& tile, Refill refill) {
-    int const tile_rows = 64 * args_.warpgroups;
-    int const tile_end = block_range(tile.m_block * tile_rows, tile_rows, args_.seqlen_q, args_.seqlen_k,
-                                     args_.causal, kBlockN)
+    int const tile_rows = 64 * args_.warpgroups * kCluster;  // a cluster's tiles take turns together
+    int const tile_end = block_range(tile.m_block / kCluster * tile_rows, tile_rows, args_.seqlen_q,
+                                     args_.seqlen_k, args_.causal, kBlockN)
                              .end;
     BlockRange const range =
         block_range(first_row(tile), 64, args_.seqlen_q, args_.seqlen_k, args_.causal, kBlockN);
@@ -83,11 +93,15 @@ class Mainloop {
     if (tile_end > 0) wait_q();
     if (range.end == 0) {
       if (tile_end > 0) {
-        release_q();
+        release_q(false);
         if (!kTile.overlap) baton_.take(), baton_.pass();  // as often as in run_in_order
       }
       store_empty<Traits>(args_, tile, first_row(tile));
       return;
+    }
+    if constexpr (kTile.q_in_registers) {
+      load_q_registers<Traits>(shared_.q[q_ring_.slot][warpgroup_], q_);
+      release_q();
     }
     if constexpr (kTile.overlap) {
       refill(skipped);
@@ -112,6 +126,9 @@ class Mainloop {
       Temporary t;
       issue_pv(t);
       finish_pending(t);
+      release_output();
+    } else if (kCluster > 1 && started_) {
+      skip_blocks(1);  // no CTA may exit before what the others send it has landed
     }
   }
 
@@ -120,7 +137,7 @@ class Mainloop {
   template <bool kPending>
   __device__ __forceinline__ void first_turn(Tile const& tile, BlockRange range) {
     float alpha[2];
-    int const n = range.end - 1;
+    int const n = range.end - 1, q_slot = q_ring_.slot;
     Softmax fresh = make_softmax(tile);
     float const block_scale = k_scale(n);
     Tensor s = make_scores();
@@ -135,7 +152,7 @@ class Mainloop {
     wait_product<kPending ? 1 : 0>(s);
     if (!kPending && started_) skip_blocks(1);
     release_slot(k_slot);
-    if (n == 0) release_q();
+    if (n == 0 && !kTile.q_in_registers) release_q();
     Tensor p = prepare_scores(s, n, range, first_row(tile));
     step(fresh, p, block_scale, alpha);  // nothing to rescale yet
     if constexpr (kPending && !kFp8) finish_pending(t);
@@ -149,6 +166,9 @@ class Mainloop {
     pending_ = started_ = true;
     accumulate_ = false;
     if (n > 0) wait_block();
+    if constexpr (kPending) release_output();
+    // NOTE: through a shuffle; else ptxas computes the descriptors of Q in vector registers, 19 R2UR a turn.
+    if constexpr (kTile.tma_store) q_slot_ = __shfl_sync(~0u, q_slot, 0);
   }
 
   // The hot loop. On entry the slot at ring_, K of block n, has landed.
@@ -166,7 +186,7 @@ class Mainloop {
     if (kTile.ping_pong == PingPong::kAfterPV) baton_.pass();
     wait_product<1>(s);
     release_slot(k_slot);
-    if (n == 0) release_q();
+    if (n == 0 && !kTile.q_in_registers) release_q();
     Tensor p = prepare_scores(s, n, range, first_row(tile_));
     bool const rescale = step(softmax_, p, block_scale, alpha);
     // NOTE: the next turn's block is waited for here because the wait is a loop: with the fence before it,
@@ -189,6 +209,7 @@ class Mainloop {
       Temporary t;
       issue_pv(t);
       finish_pending(t);
+      release_output();
     } else if (started_ || !kTile.overlap) {
       skip_blocks(1);
     }
@@ -250,7 +271,11 @@ class Mainloop {
         store_output<Traits, cutlass::bfloat16_t>(args_, tile_, first_row(tile_), output_, factor, lse);
     } else {
       softmax_.finish(factor, lse);
-      store_output<Traits, typename Traits::Element>(args_, tile_, first_row(tile_), output_, factor, lse);
+      if constexpr (kTile.tma_store)
+        store_output_tma<Traits>(args_, tile_, first_row(tile_), output_, factor, lse,
+                                 shared_.q[q_slot_][warpgroup_], warpgroup_);
+      else
+        store_output<Traits, typename Traits::Element>(args_, tile_, first_row(tile_), output_, factor, lse);
     }
   }
 
@@ -274,7 +299,7 @@ class Mainloop {
       wait_product<0>(s);
       baton_.pass();
       release_block();
-      if (n == 0) release_q();
+      if (n == 0 && !kTile.q_in_registers) release_q();
       Tensor p = prepare_scores(s, n, range, first_row(tile));
       bool const rescale = step(softmax_, p, block_scale, alpha);
       accept(p, alpha);
@@ -344,8 +369,8 @@ class Mainloop {
   // Makes P the A operand of the next P V, rounded.
   template <class Scores>
   __device__ __forceinline__ void accept(Scores const& p, float const (&alpha)[2]) {
-    convert(p, p_);
-    alpha_[0] = alpha[0], alpha_[1] = alpha[1];
+    round_probabilities<Traits>(p, p_);
+    if constexpr (kFp8) alpha_[0] = alpha[0], alpha_[1] = alpha[1];
   }
 
   __device__ __forceinline__ void clear_output() {
@@ -353,11 +378,6 @@ class Mainloop {
       clear(output_);
       row_sum_[0] = row_sum_[1] = 0;
     }
-  }
-
-  // Of this thread's first row in the warpgroup's 64; its second is 8 further.
-  static __device__ __forceinline__ int row_in_tile() {
-    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
   }
 
   __device__ __forceinline__ int first_row(Tile const& tile) const {
@@ -368,27 +388,16 @@ class Mainloop {
     return partition_fragment_C(typename Traits::MmaQK{}, Shape<_64, Int<kBlockN>>{});
   }
 
-  __device__ __forceinline__ auto q_operand() const {
-    Tensor q = make_tensor(make_smem_ptr(shared_.q[q_ring_.slot][warpgroup_]), typename Traits::LayoutQ{});
-    auto thread = typename Traits::MmaQK{}.get_slice(0);
-    return thread.make_fragment_A(thread.partition_A(q));
+  __device__ __forceinline__ decltype(auto) q_operand() const {
+    if constexpr (kTile.q_in_registers)
+      return (q_);
+    else
+      return q_fragment<Traits>(shared_.q[q_ring_.slot][warpgroup_]);
   }
-  __device__ __forceinline__ auto k_operand() const {
-    Tensor k = make_tensor(slot_ptr<typename Traits::Element>(0), typename Traits::LayoutK{});
-    auto thread = typename Traits::MmaQK{}.get_slice(0);
-    return thread.make_fragment_B(thread.partition_B(k));
-  }
+  __device__ __forceinline__ auto k_operand() const { return k_fragment<Traits>(shared_.kv[ring_.slot]); }
   template <int kPart>
   __device__ __forceinline__ auto v_operand() const {
-    Tensor v = make_tensor(
-        slot_ptr<typename Traits::ElementV>(kPart * (Traits::kHeadDim / Traits::kParts) * kBlockN),
-        decltype(Traits::template layout_vt<kPart>()){});
-    auto thread = typename Traits::template MmaPV<kPart>{}.get_slice(0);
-    return thread.make_fragment_B(thread.partition_B(v));
-  }
-  template <class Element>
-  __device__ __forceinline__ auto slot_ptr(int offset) const {
-    return make_smem_ptr(reinterpret_cast<Element*>(shared_.kv[ring_.slot]) + offset);
+    return v_fragment<Traits, kPart>(shared_.kv[ring_.slot]);
   }
 
   // The scores in FP32, negated and masked as need be.
@@ -413,33 +422,6 @@ class Mainloop {
     return s;
   }
 
-  // NOTE: the FP32 accumulator of S and the 16-bit A operand of P V hold the same elements in the same
-  // threads in the same order, so P never leaves its registers. The 8-bit A operand wants four neighbouring
-  // keys of a row where the accumulator has two and, 8 keys on, two more: it takes them as they are, and V's
-  // keys are permuted to match (Fp8Params).
-  template <class Scores, class Probabilities>
-  static __device__ __forceinline__ void convert(Scores const& s, Probabilities& p) {
-    using Element = typename Traits::ElementV;
-    static_assert(decltype(size(s))::value == decltype(size(p))::value);
-    constexpr int kWidth = 4 / sizeof(Element);  // elements of a register
-    cutlass::NumericArrayConverter<Element, float, kWidth> round;
-    CUTE_UNROLL
-    for (int i = 0; i < size(s); i += kWidth) {
-      cutlass::Array<float, kWidth> values;
-      // Register i / 4 of an 8-bit operand: row (i / 4) % 2 of score octets 2 (i / 8) and 2 (i / 8) + 1.
-      CUTE_UNROLL
-      for (int j = 0; j < kWidth; ++j)
-        values[j] = s(kFp8 ? i / 8 * 8 + j / 2 * 4 + i / 4 % 2 * 2 + j % 2 : i + j);
-      recast<cutlass::Array<Element, kWidth>>(p)(i / kWidth) = round(values);
-    }
-  }
-
-  template <class Output>
-  static __device__ __forceinline__ void scale_rows(Output& output, float const (&factor)[2]) {
-    CUTE_UNROLL
-    for (int i = 0; i < size(output); ++i) output(i) *= factor[(i >> 1) & 1];
-  }
-
   __device__ __forceinline__ void wait_block() const {
     FullBarrier::wait(&shared_.kv_full[ring_.slot], ring_.phase);
   }
@@ -449,7 +431,12 @@ class Mainloop {
     FullBarrier::wait(&shared_.kv_full[after.slot], after.phase);
   }
   __device__ __forceinline__ void release_slot(int slot) const {
-    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
+    int const lane = threadIdx.x % 32;
+    if constexpr (kCluster == 1) {
+      if (lane == 0) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
+    } else {  // every CTA of the cluster writes into this slot
+      EmptyBarrier::arrive(&shared_.kv_empty[slot], lane, lane < kCluster);
+    }
   }
   __device__ __forceinline__ void release_block() {
     release_slot(ring_.slot);
@@ -458,9 +445,17 @@ class Mainloop {
   __device__ __forceinline__ void wait_q() const {
     FullBarrier::wait(&shared_.q_full[q_ring_.slot][warpgroup_], q_ring_.phase);
   }
-  __device__ __forceinline__ void release_q() {
-    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
+  // keep: the tile's output needs the place.
+  __device__ __forceinline__ void release_q(bool keep = kTile.tma_store) {
+    if (!keep && threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
     q_ring_.advance();
+  }
+  // Once TMA has read the output of tile_.
+  __device__ __forceinline__ void release_output() const {
+    if (kTile.tma_store && threadIdx.x % 32 == 0) {
+      tma_store_wait<0>();
+      EmptyBarrier::arrive(&shared_.q_empty[q_slot_][warpgroup_]);
+    }
   }
   __device__ __forceinline__ void skip_blocks(int count) {
     for (int i = 0; i < count; ++i) {

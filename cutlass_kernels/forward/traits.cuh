@@ -32,6 +32,10 @@ struct ForwardArguments {
   float softmax_scale;  // 8-bit inputs only
 };
 
+struct TmaStoreArguments : ForwardArguments {
+  CUtensorMap out_map;
+};
+
 template <DType kDType>
 struct ElementOf;
 template <>
@@ -63,6 +67,7 @@ struct ForwardTraits {
   using Element = typename ElementOf<kDType>::type;                           // of Q and K
   using ElementV = std::conditional_t<kFp8, cutlass::float_e4m3_t, Element>;  // of V and P
   static constexpr ForwardTile kTile = kForwardTiles[kTileIndex];
+  using Arguments = std::conditional_t<kTile.tma_store, TmaStoreArguments, ForwardArguments>;
   static constexpr int kHeadDim = kTile.head_dim;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kQStages = kTile.q_stages;
@@ -71,6 +76,7 @@ struct ForwardTraits {
   static constexpr bool kSpecialised = kTile.producer_registers > 0;
   static constexpr int kThreads = 128 * (kWarpgroups + (kSpecialised ? 1 : 0));
   static constexpr bool kTwoLevel = kTile.pv_parts > 0;
+  static constexpr int kCluster = kTile.cluster;  // each CTA loads its share of a block's slabs for all
 
   static_assert(kTile.element_bytes == sizeof(Element));
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
@@ -78,10 +84,16 @@ struct ForwardTraits {
   static_assert(!kFp8 || kBlockN == 128);  // a row of transposed V is one swizzle atom wide
   static_assert(kFp8 == kTwoLevel);
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
+  static_assert(!kTile.tma_store ||
+                (kTile.overlap && kQStages >= 2));           // the next tile's Q beside this one's output
+  static_assert(!kTile.tma_store || !kTile.q_in_registers);  // one of them can have the Q stage
+  static_assert(kSpecialised || !kTile.dependent_launch);
+  static_assert(kCluster == 1 || (kSpecialised && kTile.overlap && !kFp8));
 
   // TMA boxes of Q and K: slabs of at most 128 bytes a row.
   static constexpr int kSlabColumns = kHeadDim * sizeof(Element) < 128 ? kHeadDim : 128 / sizeof(Element);
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
+  static_assert(kSlabs % kCluster == 0);
   // TMA boxes of V: as K, or for 8-bit V boxes of whole rows of at most 256.
   static constexpr int kVRows = forward_v_rows(kTile);
   static constexpr int kVBoxRows = kFp8 && kVRows > 256 ? kVRows / 3 : kVRows;
@@ -92,9 +104,16 @@ struct ForwardTraits {
   using LayoutQ = decltype(tile_to_shape(AtomQK{}, Shape<_64, Int<kHeadDim>>{}));
   using LayoutK = decltype(tile_to_shape(AtomQK{}, Shape<Int<kBlockN>, Int<kHeadDim>>{}));
 
-  using MmaQK = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, std::conditional_t<kDType == DType::kInt8, int32_t, float>,
-                           Shape<_64, Int<kBlockN>, Int<kHeadDim>>>()));
+  template <bool kQInRegisters>
+  static constexpr auto qk_atom() {
+    using Sizes = Shape<_64, Int<kBlockN>, Int<kHeadDim>>;
+    if constexpr (kQInRegisters)
+      return GMMA::rs_op_selector<Element, Element, float, Sizes>();
+    else
+      return GMMA::ss_op_selector<Element, Element,
+                                  std::conditional_t<kDType == DType::kInt8, int32_t, float>, Sizes>();
+  }
+  using MmaQK = decltype(make_tiled_mma(qk_atom<kTile.q_in_registers>()));
 
   // The B operand (head dim, keys) of P V. 16 bit: the same bytes as LayoutK, seen transposed. 8 bit: V is
   // transposed in global memory, and the first of the 8 rows after the channels is ones, so that the row sum
@@ -121,6 +140,8 @@ struct ForwardTraits {
   // P as the A operand of P V, in registers: (MMA, 1, kBlockN / elements of 32 bytes).
   using LayoutP = std::conditional_t<kFp8, Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>,
                                      Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>>;
+  // The same for Q, where it is in registers: (MMA, 1, kHeadDim / 16).
+  using LayoutQRegisters = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kHeadDim / 16>>>;
 
   struct SharedStorage {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];

@@ -120,7 +120,8 @@ def test_tile_table_fits_the_machine(row: dict) -> None:
         row["block_n"] % 16 == 0 and 16 <= row["block_n"] <= 256
     )  # widths WGMMA takes, as N of QK and K of PV
     assert row["head_dim"] % 64 == 0 and row["head_dim"] <= kernels.MAX_HEAD_DIM
-    tiles = (row["block_m"] + row["kv_stages"] * row["block_n"]) * row["head_dim"] * 2
+    rows = row["block_m"] + row["kv_stages"] * row["block_n"]
+    tiles = rows * row["head_dim"] * row["element_bytes"]
     assert tiles < row["shared_memory"] <= SHARED_MEMORY_OF_A_CTA
     assert row["consumer_warpgroups"] == row["block_m"] // 64
     registers = 128 * row["consumer_warpgroups"] * row["consumer_registers"]

@@ -136,4 +136,4 @@ def test_status_of_a_refused_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels._C, "forward", lambda *arguments, status=status: status)
         with pytest.raises(RuntimeError, match="was not launched") as caught:
             kernels.forward(q, q, q, q, torch.zeros(1, 2, 8), 1.0, False)
-        assert kernels._STATUS_SENTENCES[kernels._C.STATUS[name]] in str(caught.value)
+        assert kernels.STATUS_SENTENCES[kernels._C.STATUS[name]] in str(caught.value)

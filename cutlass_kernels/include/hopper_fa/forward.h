@@ -10,7 +10,7 @@ namespace hopper_fa {
 constexpr int kForwardWorkspaceInts = 2;
 
 // Dequantisation factors of one tensor: group g of head h of batch entry b at data[b * batch_stride + h *
-// head_stride + g * group_stride]. A stride of 0 shares factors. Fewer than 2^31 of them.
+// head_stride + g * group_stride], none of them negative. A stride of 0 shares factors. Fewer than 2^31.
 struct ScaleRef {
   float const* data;
   int batch_stride, head_stride, group_stride;
@@ -24,7 +24,7 @@ struct Fp8Params {
   ScaleRef q_scale;  // groups of q_group_rows rows
   ScaleRef k_scale;  // groups of the tile's block_n keys
   int q_group_rows;
-  float const* v_scale;    // (batch, heads_kv, head_dim), contiguous
+  float const* v_scale;    // (batch, heads_kv, head_dim), contiguous, 8-byte aligned
   float const* v_mean;     // the same: added to the output
   float const* lse_shift;  // (batch, heads_q, seqlen_q), or null: what smoothing K took out of every score
   float p_offset;          // P = exp2(score - maximum + p_offset)

@@ -1,4 +1,4 @@
-// A look at the FP8 tensor core itself, for the tests and docs/fp8.md. Experiment builds only.
+// A look at the FP8 tensor core itself, for the tests and docs/fp8.md.
 #pragma once
 
 #include "hopper_fa/types.h"

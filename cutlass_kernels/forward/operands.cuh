@@ -1,0 +1,85 @@
+// What the matrix products read: Q, K and V in shared memory, Q and P in registers.
+#pragma once
+
+#include <cute/arch/copy_sm75.hpp>
+
+#include "forward/traits.cuh"
+
+namespace hopper_fa {
+
+// Of this thread's first row in the warpgroup's 64; its second is 8 further.
+__device__ __forceinline__ int row_in_tile() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+
+// A operand of QK: a warpgroup's Q in its stage.
+template <class Traits>
+__device__ __forceinline__ auto q_fragment(typename Traits::Element const* stage) {
+  Tensor q = make_tensor(make_smem_ptr(stage), typename Traits::LayoutQ{});
+  auto thread = typename Traits::MmaQK{}.get_slice(0);
+  return thread.make_fragment_A(thread.partition_A(q));
+}
+
+// The same from its stage to registers: four 8 x 8 matrices at a time, 16 rows of the warp by 16 columns.
+// Lane i has the address of row i % 8 of matrix i / 8, in TMA's 128-byte swizzle.
+template <class Traits, class Q>
+__device__ __forceinline__ void load_q_registers(typename Traits::Element const* stage, Q& q) {
+  int const lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+  Tensor words = recast<uint32_t>(q);
+  CUTE_UNROLL
+  for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+    int const octet = (2 * k % 8 + lane / 16) ^ (lane % 8);
+    SM75_U32x4_LDSM_N::copy(
+        reinterpret_cast<uint128_t const&>(stage[row * 64 + 2 * k / 8 * 64 * 64 + octet * 8]), words(4 * k),
+        words(4 * k + 1), words(4 * k + 2), words(4 * k + 3));
+  }
+  __syncwarp();  // every lane has its rows before one of them gives the stage back
+}
+
+// B operand of QK: the K block in a slot of the ring.
+template <class Traits>
+__device__ __forceinline__ auto k_fragment(uint8_t const* slot) {
+  using Element = typename Traits::Element;
+  Tensor k = make_tensor(make_smem_ptr(reinterpret_cast<Element const*>(slot)), typename Traits::LayoutK{});
+  auto thread = typename Traits::MmaQK{}.get_slice(0);
+  return thread.make_fragment_B(thread.partition_B(k));
+}
+
+// B operand of P V: the V block in a slot, or a part of its columns.
+template <class Traits, int kPart>
+__device__ __forceinline__ auto v_fragment(uint8_t const* slot) {
+  using Element = typename Traits::ElementV;
+  constexpr int kFirst = kPart * (Traits::kHeadDim / Traits::kParts) * Traits::kBlockN;
+  Tensor v = make_tensor(make_smem_ptr(reinterpret_cast<Element const*>(slot) + kFirst),
+                         decltype(Traits::template layout_vt<kPart>()){});
+  auto thread = typename Traits::template MmaPV<kPart>{}.get_slice(0);
+  return thread.make_fragment_B(thread.partition_B(v));
+}
+
+// A operand of P V: P rounded, from where the accumulator of S has it.
+// NOTE: the FP32 accumulator of S and the 16-bit A operand of P V hold the same elements in the same threads
+// in the same order, so P never leaves its registers. The 8-bit A operand wants four neighbouring keys of a
+// row where the accumulator has two and, 8 keys on, two more: it takes them as they are, and V's keys are
+// permuted to match (Fp8Params).
+template <class Traits, class Scores, class Probabilities>
+__device__ __forceinline__ void round_probabilities(Scores const& s, Probabilities& p) {
+  using Element = typename Traits::ElementV;
+  static_assert(decltype(size(s))::value == decltype(size(p))::value);
+  constexpr int kWidth = 4 / sizeof(Element);  // elements of a register
+  cutlass::NumericArrayConverter<Element, float, kWidth> round;
+  CUTE_UNROLL
+  for (int i = 0; i < size(s); i += kWidth) {
+    cutlass::Array<float, kWidth> values;
+    // Register i / 4 of an 8-bit operand: row (i / 4) % 2 of score octets 2 (i / 8) and 2 (i / 8) + 1.
+    CUTE_UNROLL
+    for (int j = 0; j < kWidth; ++j)
+      values[j] = s(Traits::kFp8 ? i / 8 * 8 + j / 2 * 4 + i / 4 % 2 * 2 + j % 2 : i + j);
+    recast<cutlass::Array<Element, kWidth>>(p)(i / kWidth) = round(values);
+  }
+}
+
+template <class Output>
+__device__ __forceinline__ void scale_rows(Output& output, float const (&factor)[2]) {
+  CUTE_UNROLL
+  for (int i = 0; i < size(output); ++i) output(i) *= factor[(i >> 1) & 1];
+}
+
+}  // namespace hopper_fa

@@ -1,0 +1,77 @@
+// The quantisation family's C++ face: 16-bit Q, K and V to 8-bit tensors and scales, bit for bit what
+// hopper_fa/quantization.py computes. Each call puts its kernels into the stream and waits for nothing.
+//
+// Order of calls: run_token_stats for every tensor that is smoothed, and for V if it has scales;
+// run_quantize_rows for Q and for K; run_quantize_v. What a call reads of another's output is named below.
+#pragma once
+
+#include "hopper_fa/types.h"
+
+struct CUstream_st;
+
+namespace hopper_fa {
+
+// Which elements share a scale. kGroup: the query heads of one key/value head. kBlock: rows_per_block rows.
+enum class Granularity : int { kNone, kTensor, kGroup, kHead, kBlock, kToken, kChannel };
+
+// One (batch, seqlen, heads, head_dim) tensor: 16-byte aligned pointer and strides, last dimension
+// contiguous.
+struct QuantizeInput {
+  DType dtype;
+  TensorRef x;
+  int batch, seqlen, heads, head_dim;  // head_dim a multiple of 8, at most 256
+};
+
+struct TokenStatsParams {
+  QuantizeInput in;  // bf16 or fp16
+  float* workspace;  // token_stats_workspace floats
+  float* mean;       // (batch, heads, head_dim), written; null: x is not smoothed, its mean counts as 0
+  // Written: the largest finite |x - mean| as float bits; null: not wanted. kTensor: one, kHead: (batch,
+  // heads), kChannel: (batch, heads, head_dim).
+  uint32_t* amax;
+  Granularity granularity;
+};
+
+struct QuantizeRowsParams {
+  QuantizeInput in;         // bf16 or fp16; Q or K
+  DType out_dtype;          // e4m3 or int8
+  bool queries;             // x is Q
+  int q_heads_per_kv;       // query heads a key/value head
+  Granularity granularity;  // not kNone, not kChannel; kGroup for Q only
+  int rows_per_block;       // of kBlock: 64 or 128
+  float const* mean;        // (batch, heads, head_dim), subtracted; null: no smoothing
+  bool rotate;
+  uint8_t signs[32];  // of the rotation: bit i of byte n set means that channel 8 n + i is negated
+  // Q: K's mean, for products of the unsmoothed rows with it. K: Q's mean, for products of the smoothed rows
+  // with those of all its query heads. (batch, heads of the other tensor, head_dim); null: none.
+  float const* other_mean;
+  float* dots;     // (batch, query heads, seqlen), written if there is other_mean
+  uint32_t* amax;  // scratch of kTensor, kGroup and kHead: two integers a scale
+  void* out;       // (batch, seqlen, heads, head_dim rounded up to 16), contiguous
+  float* scale;    // (batch, heads, number of groups): 1, blocks or seqlen of them
+};
+
+struct QuantizeVParams {
+  QuantizeInput in;      // bf16, fp16; or e4m3, whose bytes are only moved
+  float const* mean;     // (batch, heads, head_dim), subtracted; null: no smoothing
+  uint32_t const* amax;  // of run_token_stats; null with kNone
+  Granularity granularity;
+  void* out;     // (batch, heads, tile_d + 8, seqlen rounded up to 16), keys permuted; tile_d: 64, 128 or 256
+  float* scale;  // (batch, heads, head_dim), written; null for e4m3
+  // (batch, heads, head_dim): the mean rounding error is added to it if it is `mean`, and written to it
+  // otherwise; null: not wanted.
+  float* error_mean;
+  float* error_workspace;  // token_stats_workspace floats, for error_mean
+};
+
+Status run_token_stats(TokenStatsParams const& params, CUstream_st* stream);
+Status run_quantize_rows(QuantizeRowsParams const& params, CUstream_st* stream);
+Status run_quantize_v(QuantizeVParams const& params, CUstream_st* stream);
+
+// Floats of TokenStatsParams.workspace.
+int64_t token_stats_workspace(int batch, int seqlen, int heads, int head_dim, bool with_amax);
+
+// Whether this binary holds the kernels for an input type.
+bool has_quantize(DType dtype);
+
+}  // namespace hopper_fa

@@ -1,0 +1,180 @@
+// From the parameter structs to launches. Included by one generated translation unit an input type
+// (instances.cmake).
+#pragma once
+
+#include <cstring>
+
+#include "quantize/instance.h"
+#include "quantize/rows.cuh"
+#include "quantize/token_stats.cuh"
+#include "quantize/transpose_v.cuh"
+
+namespace hopper_fa {
+
+// Grids are flat, at most 2^31 - 1 CTAs.
+inline bool too_many(int64_t ctas) { return ctas > 0x7fffffff; }
+
+inline Status launched() { return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchError; }
+
+// Strides of V's maxima, (batch, head, channel) of which a granularity shares some.
+template <class Arguments>
+void set_amax_strides(Arguments& args, Granularity granularity, int heads, int head_dim) {
+  args.amax_channel = granularity == Granularity::kChannel;
+  args.amax_head = args.amax_channel ? head_dim : granularity == Granularity::kHead;
+  args.amax_batch = heads * args.amax_head;
+}
+
+template <DType kIn>
+Status launch_finish_stats(TokenStatsArguments const& args, int batch, cudaStream_t stream) {
+  int64_t const ctas = int64_t(batch) * args.heads * ceil_div(args.head_dim, 32);
+  if (too_many(ctas)) return Status::kInvalidArgument;
+  finish_stats_kernel<kIn><<<unsigned(ctas), 1024, 0, stream>>>(args);
+  return launched();
+}
+
+template <DType kIn>
+Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
+  QuantizeInput const& in = p.in;
+  TokenStatsArguments args;
+  args.x = static_cast<uint16_t const*>(in.x.data);
+  args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
+  args.head_stride = in.x.head_stride;
+  args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
+  args.chunks = ceil_div(in.seqlen, kStatsChunk);
+  args.tiles = make_quantize_tiles(in.heads, max_int(1, args.chunks));
+  int64_t const head_batches = int64_t(in.batch) * in.heads;
+  args.partials = head_batches * args.chunks * in.head_dim;
+  args.workspace = p.workspace;
+  args.extremes = p.amax != nullptr;
+  args.mean = p.mean;
+  args.add_to_mean = false;
+  args.amax = p.amax;
+  set_amax_strides(args, p.granularity, in.heads, in.head_dim);
+
+  int64_t const ctas = head_batches * args.chunks;
+  if (too_many(ctas)) return Status::kInvalidArgument;
+  if (p.amax && p.granularity != Granularity::kChannel) {
+    size_t const scales = p.granularity == Granularity::kHead ? head_batches : 1;
+    if (cudaMemsetAsync(p.amax, 0, scales * sizeof(uint32_t), stream) != cudaSuccess)
+      return Status::kLaunchError;
+  }
+  int const threads = ceil_div(kStatsLanes * in.head_dim / 8, 32) * 32;
+  int const shared = kStatsLanes * in.head_dim * int(sizeof(float));
+  auto const kernel = args.extremes ? token_stats_kernel<kIn, true> : token_stats_kernel<kIn, false>;
+  if (ctas) kernel<<<unsigned(ctas), threads, shared, stream>>>(args);
+  return launch_finish_stats<kIn>(args, in.batch, stream);
+}
+
+template <DType kIn, DType kOut>
+auto rows_kernel(int of_row) {
+  return of_row == 2   ? quantize_rows_kernel<kIn, kOut, 2>
+         : of_row == 4 ? quantize_rows_kernel<kIn, kOut, 4>
+                       : quantize_rows_kernel<kIn, kOut, 8>;
+}
+
+template <DType kIn>
+Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
+  QuantizeInput const& in = p.in;
+  RowsArguments args;
+  args.x = static_cast<uint16_t const*>(in.x.data);
+  args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
+  args.head_stride = in.x.head_stride;
+  args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
+  args.mean = p.mean;
+  args.rotate = p.rotate;
+  std::memcpy(args.signs, p.signs, sizeof(args.signs));
+  args.other_mean = p.other_mean;
+  args.dots = p.dots;
+  args.queries = p.queries;
+  args.q_heads_per_kv = make_divisor(p.q_heads_per_kv);
+  args.heads_kv = p.queries ? in.heads / p.q_heads_per_kv : in.heads;
+  args.amax = p.amax;
+  args.out = static_cast<uint8_t*>(p.out);
+  args.scale = p.scale;
+
+  Granularity const granularity = p.granularity;
+  args.scale_of = granularity == Granularity::kToken   ? ScaleOf::kRow
+                  : granularity == Granularity::kBlock ? ScaleOf::kTile
+                                                       : ScaleOf::kGiven;
+  bool const given = args.scale_of == ScaleOf::kGiven;
+  int const heads_a_amax = granularity == Granularity::kTensor  ? in.heads
+                           : granularity == Granularity::kGroup ? p.q_heads_per_kv
+                                                                : 1;
+  args.heads_a_amax = make_divisor(heads_a_amax);
+  int const amaxes = in.heads / heads_a_amax;  // of a batch entry
+  args.amax_batch = granularity == Granularity::kTensor ? 0 : amaxes;
+
+  int const of_row = row_threads(in.head_dim);
+  args.tile_rows = granularity == Granularity::kBlock ? p.rows_per_block : 256 / of_row;
+  if (in.seqlen == 0 && !given) return Status::kOk;  // one scale for all rows exists without rows too
+  int const tiles = max_int(1, ceil_div(in.seqlen, args.tile_rows));
+  args.tiles = make_quantize_tiles(in.heads, tiles);
+  int64_t const ctas = int64_t(in.batch) * in.heads * tiles;
+  if (too_many(ctas)) return Status::kInvalidArgument;
+  int const threads = args.tile_rows * of_row;
+  auto const kernel = p.out_dtype == DType::kInt8 ? rows_kernel<kIn, DType::kInt8>(of_row)
+                                                  : rows_kernel<kIn, DType::kE4M3>(of_row);
+  args.collect = given;
+  if (given) {
+    size_t const scales = granularity == Granularity::kTensor ? 1 : size_t(in.batch) * amaxes;
+    if (cudaMemsetAsync(p.amax, 0, scales * 2 * sizeof(uint32_t), stream) != cudaSuccess)
+      return Status::kLaunchError;
+    kernel<<<unsigned(ctas), threads, 0, stream>>>(args);
+    args.collect = false;
+  }
+  kernel<<<unsigned(ctas), threads, 0, stream>>>(args);
+  return launched();
+}
+
+template <DType kIn>
+Status launch_quantize_v(QuantizeVParams const& p, cudaStream_t stream) {
+  QuantizeInput const& in = p.in;
+  TransposeVArguments args;
+  args.v = in.x.data;
+  args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
+  args.head_stride = in.x.head_stride;
+  args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
+  args.groups = v_tile_groups(in.head_dim);
+  int const tiles = max_int(1, ceil_div(in.seqlen, args.groups * kKeyGroup));  // an empty sequence has scales
+  args.tiles = make_quantize_tiles(in.heads, tiles);
+  args.mean = p.mean;
+  args.amax = p.amax;
+  set_amax_strides(args, p.granularity, in.heads, in.head_dim);
+  args.out = static_cast<uint8_t*>(p.out);
+  args.scale = p.scale;
+  args.error_sums = p.error_mean ? p.error_workspace : nullptr;
+
+  int64_t const ctas = int64_t(in.batch) * in.heads * tiles;
+  if (too_many(ctas)) return Status::kInvalidArgument;
+  int const threads = ceil_div(args.groups * in.head_dim / 8, 32) * 32;
+  int const shared = in.head_dim * args.groups * 16;
+  transpose_v_kernel<kIn><<<unsigned(ctas), threads, shared, stream>>>(args);
+  if constexpr (kIn != DType::kE4M3) {
+    if (p.error_mean) {
+      TokenStatsArguments errors{};
+      errors.seqlen = in.seqlen, errors.heads = in.heads, errors.head_dim = in.head_dim;
+      errors.chunks = ceil_div(in.seqlen, kStatsChunk);
+      errors.workspace = p.error_workspace;
+      errors.mean = p.error_mean;
+      errors.add_to_mean = p.error_mean == p.mean;
+      return launch_finish_stats<kIn>(errors, in.batch, stream);
+    }
+  }
+  return launched();
+}
+
+}  // namespace hopper_fa
+
+#define HOPPER_FA_QUANTIZE_V_INSTANCE(dtype)                                                        \
+  template hopper_fa::Status hopper_fa::launch_quantize_v<dtype>(hopper_fa::QuantizeVParams const&, \
+                                                                 cudaStream_t);
+#define HOPPER_FA_QUANTIZE_16BIT_INSTANCE(dtype)                                                          \
+  HOPPER_FA_QUANTIZE_V_INSTANCE(dtype)                                                                    \
+  template hopper_fa::Status hopper_fa::launch_token_stats<dtype>(hopper_fa::TokenStatsParams const&,     \
+                                                                  cudaStream_t);                          \
+  template hopper_fa::Status hopper_fa::launch_quantize_rows<dtype>(hopper_fa::QuantizeRowsParams const&, \
+                                                                    cudaStream_t);
+#define HOPPER_FA_QUANTIZE_INSTANCE_bf16 HOPPER_FA_QUANTIZE_16BIT_INSTANCE(hopper_fa::DType::kBF16)
+#define HOPPER_FA_QUANTIZE_INSTANCE_fp16 HOPPER_FA_QUANTIZE_16BIT_INSTANCE(hopper_fa::DType::kFP16)
+#define HOPPER_FA_QUANTIZE_INSTANCE_e4m3 HOPPER_FA_QUANTIZE_V_INSTANCE(hopper_fa::DType::kE4M3)
+#define HOPPER_FA_QUANTIZE_INSTANCE(dtype) HOPPER_FA_QUANTIZE_INSTANCE_##dtype

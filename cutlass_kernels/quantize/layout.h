@@ -1,0 +1,105 @@
+// Where the quantisation kernels find and put things: index arithmetic without memory. Compiles for host and
+// device, so that tests/cpu can check it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/block_range.h"
+
+namespace hopper_fa {
+
+constexpr int kStatsChunk = 128;  // tokens whose sum is formed first in a mean
+constexpr int kStatsLanes = 16;   // sums a chunk, which are then added pairwise
+constexpr int kKeyGroup = 16;     // keys that are permuted among themselves in V
+constexpr int kOnesRows = 8;      // rows of V below the channels, the first of them ones
+constexpr int kMaxHeadDim = 256;
+constexpr int kThreadColumns = 32;  // of a row of Q or K, in four octets
+
+// Channels that the attention kernel's tile has.
+HOPPER_FA_HOST_DEVICE int tile_columns(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
+
+// Key 8 h + 2 t + i of a group of 16 lies at position 4 t + 2 h + i. Here position -> key.
+HOPPER_FA_HOST_DEVICE int key_at(int position) {
+  return (position >> 1 & 1) * 8 + (position >> 2) * 2 + (position & 1);
+}
+
+// 0xff in each byte of word `word` (0..3) of a group whose key exists, when `keys` of its 16 keys do.
+HOPPER_FA_HOST_DEVICE uint32_t key_mask(int word, int keys) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 4; ++i) mask |= (key_at(4 * word + i) < keys ? 0xffu : 0u) << (8 * i);
+  return mask;
+}
+
+// Size of the power-of-two block of the rotation that column < head_dim lies in; largest first, 72 = 64 + 8.
+// NOTE: a block that starts where head_dim and column first differ, from the top bit down, and ends with
+// head_dim's bit there. Columns past head_dim get a size whose partners are past it too.
+HOPPER_FA_HOST_DEVICE int hadamard_block(int column, int head_dim) {
+  int bits = head_dim ^ column;
+  bits |= bits >> 1, bits |= bits >> 2, bits |= bits >> 4, bits |= bits >> 8;
+  return bits - (bits >> 1);
+}
+
+// 1 / sqrt(block) in float32, block = 8, 16, ..., 256 (1 for what is no block).
+HOPPER_FA_HOST_DEVICE float hadamard_norm(int block) {
+  return block == 8     ? 0.353553390593273762f
+         : block == 16  ? 0.25f
+         : block == 32  ? 0.176776695296636881f
+         : block == 64  ? 0.125f
+         : block == 128 ? 0.0883883476483184406f
+         : block == 256 ? 0.0625f
+                        : 1.f;
+}
+
+// Threads that share a row of Q or K: 2, 4 or 8. Thread t of them holds the octets t + j * threads, j = 0..3.
+HOPPER_FA_HOST_DEVICE int row_threads(int head_dim) { return tile_columns(head_dim) / kThreadColumns; }
+
+// Groups of 16 keys in a CTA's part of V: enough for full lines of 128 bytes, and for 128 threads or more.
+HOPPER_FA_HOST_DEVICE int v_tile_groups(int head_dim) { return head_dim <= 64 ? 16 : 8; }
+
+// Slot of 16 bytes in shared memory for key group `group` of channel `channel`.
+// NOTE: eight threads write neighbouring octets of channels at once, and eight read neighbouring groups of
+// one channel; the exclusive or spreads both over all banks.
+HOPPER_FA_HOST_DEVICE int v_slot(int channel, int group, int groups) {
+  return channel * groups + (group ^ (channel / 8 % 8));
+}
+
+// n / divisor for 0 <= n < 2^31 by one multiplication.
+struct Divisor {
+  int divisor;
+  uint32_t multiplier;
+  int shift;
+
+  HOPPER_FA_HOST_DEVICE int quotient(int n) const {
+    return static_cast<int>(static_cast<uint64_t>(n) * multiplier >> shift);
+  }
+};
+
+inline Divisor make_divisor(int divisor) {
+  int shift = 31;
+  while ((int64_t{1} << (shift - 31)) < divisor) ++shift;
+  return {divisor, static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor), shift};
+}
+
+// A CTA's share of a tensor: `block` counts rows, keys or tokens in CTA-sized steps.
+struct QuantizeTile {
+  int block, head, batch;
+};
+
+// Neighbouring CTAs take neighbouring heads, which lie beside each other in memory.
+// NOTE: a thread has 32 elements of Q or K; two ordinary divisions would be an eighth of its instructions.
+struct QuantizeTiles {
+  Divisor heads, blocks;
+
+  HOPPER_FA_HOST_DEVICE QuantizeTile get(int index) const {
+    int const row = heads.quotient(index), batch = blocks.quotient(row);
+    return {row - batch * blocks.divisor, index - row * heads.divisor, batch};
+  }
+};
+
+inline QuantizeTiles make_quantize_tiles(int heads, int blocks) {
+  return {make_divisor(heads), make_divisor(blocks)};
+}
+
+}  // namespace hopper_fa

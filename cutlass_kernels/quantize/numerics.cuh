@@ -1,0 +1,65 @@
+// Rounding and scales of the quantisation kernels, in the order of operations of hopper_fa/quantization.py.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include "hopper_fa/types.h"
+
+namespace hopper_fa {
+
+constexpr float kE4M3Max = 448.f, kInt8Max = 127.f;
+constexpr float kSmallestAmax = 0x1p-100f;  // below it a group counts as zeros
+
+// Two 16-bit elements that lie in one word.
+template <DType kDType>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  if constexpr (kDType == DType::kBF16) {
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+  } else {
+    static_assert(kDType == DType::kFP16);
+    return __half22float2(reinterpret_cast<__half2 const&>(word));
+  }
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
+
+// The larger one; NaN if either is NaN, where fmaxf would drop it.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+struct Scale {
+  float scale, inverse;
+};
+
+__device__ __forceinline__ Scale scale_of(float amax, float limit) {
+  if (amax < kSmallestAmax) return {1.f, 1.f};
+  return {__fdiv_rn(amax, limit), __fdiv_rn(limit, amax)};
+}
+
+// To the nearest e4m3, saturating; NaN to 0x7f. The first value is the lowest byte.
+__device__ __forceinline__ uint32_t to_e4m3(float a, float b) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+}
+__device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) {
+  return to_e4m3(a, b) | to_e4m3(c, d) << 16;
+}
+
+__device__ __forceinline__ float2 from_e4m3(uint32_t codes) {
+  return __half22float2(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3));
+}
+
+// Four values of magnitude at most 127.4 to the nearest integers, ties to even.
+__device__ __forceinline__ uint32_t to_int8(float a, float b, float c, float d) {
+  // NOTE: adding 1.5 * 2^23 leaves the integer in the low byte; a conversion instruction has a quarter of the
+  // rate.
+  auto const rounded = [](float x) { return __float_as_uint(__fadd_rn(x, 12582912.f)); };
+  uint32_t const low = __byte_perm(rounded(a), rounded(b), 0x0040);
+  uint32_t const high = __byte_perm(rounded(c), rounded(d), 0x0040);
+  return __byte_perm(low, high, 0x5410);
+}
+
+}  // namespace hopper_fa

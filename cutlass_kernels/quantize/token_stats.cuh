@@ -1,0 +1,207 @@
+// Means over tokens, and the largest |x - mean| of V. Two kernels: sums (and extremes) of chunks of 128
+// tokens, then of all chunks. Every addition has its place: no atomics, and the bits of quantization.py.
+//
+// Roofline: the first kernel reads the tensor once and writes 4 (with extremes 12) bytes a channel for each
+// 256 bytes read; the second reads those again, from L2. 16k tokens x 2048 channels: 67 MB + 3 MB, 18 us at 4
+// TB/s.
+#pragma once
+
+#include "quantize/layout.h"
+#include "quantize/numerics.cuh"
+
+namespace hopper_fa {
+
+struct TokenStatsArguments {
+  uint16_t const* x;
+  int64_t batch_stride, row_stride, head_stride;
+  int seqlen, heads, head_dim, chunks;
+  QuantizeTiles tiles;
+  int64_t partials;  // batch * heads * chunks * head_dim
+  float*
+      workspace;  // sums; with extremes, minima and maxima after them: 3 x (batch, heads, chunks, head_dim)
+  bool extremes;
+  float* mean;
+  bool add_to_mean;
+  uint32_t* amax;
+  int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
+};
+
+// x[0] becomes the sum of the first `size` elements, a power of two, by x[i] + x[i + half]; size 0 counts
+// as 1.
+template <int kHalf = 16>
+__device__ __forceinline__ void tree_sum(float (&x)[32], int size) {
+  if (kHalf < size) {
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) x[i] += x[i + kHalf];
+  }
+  if constexpr (kHalf > 1) tree_sum<kHalf / 2>(x, size);
+}
+
+// A channel's 16 lanes of a chunk, `stride` apart: 16 -> 8 -> 4 -> 2 -> 1 by op(lane[r], lane[r + half]).
+template <class Op>
+__device__ __forceinline__ float join_lanes(float const* lanes, int stride, Op&& op) {
+  float s[kStatsLanes];
+#pragma unroll
+  for (int r = 0; r < kStatsLanes; ++r) s[r] = lanes[r * stride];
+#pragma unroll
+  for (int half = kStatsLanes / 2; half >= 1; half /= 2)
+#pragma unroll
+    for (int r = 0; r < half; ++r) s[r] = op(s[r], s[r + half]);
+  return s[0];
+}
+
+template <bool kExtremes>
+struct ChannelStats {
+  float sum[8], low[8], high[8];
+
+  // A token's 8 channels; the first token starts the sums. kFilter: leaves out what is not finite.
+  template <DType kIn, bool kFilter>
+  __device__ __forceinline__ void add(uint4 const& raw, bool starts, bool exists) {
+    uint32_t const words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      float2 const pair = unpack<kIn>(words[c / 2]);
+      float const x = c % 2 ? pair.y : pair.x;
+      bool const counts = !kFilter || is_finite(x);
+      float const term = counts ? x : 0.f;
+      sum[c] = starts ? term : sum[c] + term;
+      if constexpr (kExtremes) {
+        low[c] = fminf(starts ? INFINITY : low[c], counts && exists ? x : INFINITY);
+        high[c] = fmaxf(starts ? -INFINITY : high[c], counts && exists ? x : -INFINITY);
+      }
+    }
+  }
+};
+
+// A CTA: 128 tokens of one head. Thread (lane r of 16, octet of channels); 16 * head_dim / 8 of them.
+template <DType kIn, bool kExtremes>
+__global__ void __launch_bounds__(512, kExtremes ? 1 : 2)
+    token_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
+  extern __shared__ float of_lanes[];  // (16, head_dim)
+  int const octets = args.head_dim / 8;
+  int const lane = threadIdx.x / octets, octet = threadIdx.x - lane * octets;
+  QuantizeTile const tile = args.tiles.get(blockIdx.x);
+  int const first = tile.block * kStatsChunk + lane;  // tokens first + 16 i
+
+  // How many of the lane's tokens exist; the last warp may hold threads of no lane.
+  int const left = args.seqlen - first;
+  int const exist = lane >= kStatsLanes || left <= 0 ? 0 : min_int(8, ceil_div(left, kStatsLanes));
+  uint16_t const* const x =
+      args.x + tile.batch * args.batch_stride + tile.head * args.head_stride + 8 * octet;
+  auto const load = [&](int i) {
+    return i < exist ? __ldg(reinterpret_cast<uint4 const*>(x + (first + kStatsLanes * i) * args.row_stride))
+                     : make_uint4(0, 0, 0, 0);
+  };
+  uint4 raw[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) raw[i] = load(i);
+  ChannelStats<kExtremes> stats;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) stats.template add<kIn, false>(raw[i], i == 0, i < exist);
+  // A NaN or infinity stays in its sum, so finite sums need no second look.
+  bool finite = true;
+#pragma unroll
+  for (int c = 0; c < 8; ++c) finite = finite && is_finite(stats.sum[c]);
+  if (!finite) {
+    // NOTE: loaded again; kept in registers, the elements would cost every call a third of its occupancy.
+#pragma unroll 1
+    for (int i = 0; i < 8; ++i) stats.template add<kIn, true>(load(i), i == 0, i < exist);
+  }
+
+  int64_t const out =
+      ((static_cast<int64_t>(tile.batch) * args.heads + tile.head) * args.chunks + tile.block) *
+      args.head_dim;
+#pragma unroll
+  for (int kind = 0; kind < (kExtremes ? 3 : 1); ++kind) {
+    float const(&values)[8] = kind == 0 ? stats.sum : kind == 1 ? stats.low : stats.high;
+    if (kind > 0) __syncthreads();  // the previous kind has been read
+    if (lane < kStatsLanes) {
+      float4* const to = reinterpret_cast<float4*>(of_lanes + lane * args.head_dim + 8 * octet);
+      to[0] = make_float4(values[0], values[1], values[2], values[3]);
+      to[1] = make_float4(values[4], values[5], values[6], values[7]);
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < args.head_dim; c += blockDim.x)
+      args.workspace[kind * args.partials + out + c] =
+          join_lanes(of_lanes + c, args.head_dim, [kind](float a, float b) {
+            return kind == 0 ? a + b : kind == 1 ? fminf(a, b) : fmaxf(a, b);
+          });
+  }
+}
+
+// A CTA: 32 channels of one head; warp w has the chunks w + 32 j. The chunk sums, filled up with zeros to a
+// power of two, are added by a[i] + a[i + half] until one is left. kIn: whose translation unit's copy this
+// is.
+template <DType kIn>
+__global__ void __launch_bounds__(1024)
+    finish_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
+  constexpr int kWarps = 32;
+  __shared__ float shared[3][kWarps][32];
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int const slices = ceil_div(args.head_dim, 32);
+  int const head_batch = blockIdx.x / slices;
+  int const channel = (blockIdx.x - head_batch * slices) * 32 + lane;
+  bool const exists = channel < args.head_dim;
+  int64_t const base = static_cast<int64_t>(head_batch) * args.chunks * args.head_dim + channel;
+  float* const sums = args.workspace + base;
+  auto const at = [&](int64_t chunk) { return chunk * args.head_dim; };
+
+  int size = 1, left = args.chunks;  // size: what `left` sums are filled up to
+  while (size < left) size *= 2;
+  // Above 1024 chunks the first steps go through memory, where no thread reads what another has written.
+  for (; size > kWarps * 32; size /= 2, left = min_int(left, size)) {
+    int const half = size / 2;
+    for (int i = warp; i < half && exists; i += kWarps)
+      sums[at(i)] = sums[at(i)] + (i + half < left ? sums[at(i + half)] : 0.f);
+  }
+  // Then 32 a thread. Its sums are the ones that the tree joins down to distance 32.
+  float x[32];
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+    int const chunk = warp + kWarps * j;
+    x[j] = exists && chunk < left ? sums[at(chunk)] : 0.f;
+  }
+  tree_sum(x, size / kWarps);
+  shared[0][warp][lane] = x[0];
+  if (args.extremes) {
+    float low = INFINITY, high = -INFINITY;
+#pragma unroll 8
+    for (int chunk = warp; chunk < args.chunks && exists; chunk += kWarps) {
+      low = fminf(low, args.workspace[args.partials + base + at(chunk)]);
+      high = fmaxf(high, args.workspace[2 * args.partials + base + at(chunk)]);
+    }
+    shared[1][warp][lane] = low, shared[2][warp][lane] = high;
+  }
+  __syncthreads();
+  if (warp > 0) return;
+
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) x[w] = shared[0][w][lane];
+  tree_sum(x, size);
+  float mean = 0;
+  if (args.mean) {
+    mean = __fdiv_rn(x[0], static_cast<float>(max_int(1, args.seqlen)));
+    float& of_channel =
+        args.mean[static_cast<int64_t>(head_batch) * args.head_dim + min_int(channel, args.head_dim - 1)];
+    if (exists) of_channel = args.add_to_mean ? of_channel + mean : mean;
+  }
+  if (!args.extremes) return;
+  float low = INFINITY, high = -INFINITY;
+  for (int w = 0; w < kWarps; ++w)
+    low = fminf(low, shared[1][w][lane]), high = fmaxf(high, shared[2][w][lane]);
+  // Rounding is monotonic, so this is the maximum of the rounded |x - mean|; 0 where nothing is finite.
+  // NOTE: not where an x - mean overflows, which takes elements beyond half of BF16's range.
+  float const amax = low <= high && is_finite(mean) ? fmaxf(high - mean, mean - low) : 0.f;
+  uint32_t const bits = exists ? __float_as_uint(amax) : 0;
+  int const head = head_batch % args.heads, batch = head_batch / args.heads;
+  uint32_t* const to =
+      args.amax + batch * args.amax_batch + head * args.amax_head + channel * args.amax_channel;
+  if (args.amax_channel) {
+    if (exists) *to = bits;
+  } else {
+    uint32_t const of_warp = __reduce_max_sync(~0u, bits);
+    if (lane == 0) atomicMax(to, of_warp);  // bits of floats >= 0 are ordered as the floats are
+  }
+}
+
+}  // namespace hopper_fa

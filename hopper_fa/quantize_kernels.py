@@ -1,0 +1,204 @@
+"""`quantization.quantize_qkv` by CUDA kernels: the same tensors, bit for bit but for lse_shift and key_bias.
+
+Those two are float32 sums over head_dim in another order.
+"""
+
+from typing import Any
+
+import torch
+
+from hopper_fa.kernels import _C, DTYPE_NAMES, STATUS_SENTENCES
+from hopper_fa.quantization import ONES_ROWS, PITCH, QuantizedQKV, rotation_signs
+from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
+
+# Input types ("bf16", "fp16", "e4m3") that this build holds kernels for.
+DTYPES: tuple[str, ...] = tuple(_C.quantize_dtypes())
+
+_CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def quantize_qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
+) -> QuantizedQKV:
+    """See `quantization.quantize_qkv`, whose checks the caller has made. Runs in the current stream.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim) bfloat16 or float16 of a CUDA device; k, v: (batch, seqlen_k,
+            heads_kv, head_dim). Copied if the last dimension is not contiguous, or another stride or the
+            start is no multiple of 16 bytes.
+
+    Raises:
+        RuntimeError: a launch was refused, or this build holds no kernels for the dtype (see DTYPES).
+    """
+    recipe = Fp8Recipe.default() if recipe is None else recipe
+    q, k, v = (_aligned(t) for t in (q, k, v))
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    seqlen_k, heads_kv = k.shape[1:3]
+    group = heads_q // heads_kv
+
+    q_mean = token_stats(q)[0] if recipe.smooth_q else None
+    k_mean = token_stats(k)[0] if recipe.smooth_k else None
+    q_codes, q_scale, lse_shift = quantize_rows(q, recipe, q_mean, k_mean, group, queries=True)
+    k_codes, k_scale, key_bias = quantize_rows(k, recipe, k_mean, q_mean, group, queries=False)
+    v_mean, v_amax = None, None
+    if recipe.smooth_v or recipe.v_granularity != "none":
+        granularity = None if recipe.v_granularity == "none" else recipe.v_granularity
+        v_mean, v_amax = token_stats(v, recipe.smooth_v, granularity)
+    v_codes, v_scale, v_mean = quantize_v(v, recipe, v_mean, v_amax)
+    return QuantizedQKV(
+        q=q_codes,
+        k=k_codes,
+        v=v_codes,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        v_mean=v_mean,
+        lse_shift=lse_shift,
+        key_bias=key_bias,
+        recipe=recipe,
+        head_dim=head_dim,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+    )
+
+
+def token_stats(
+    x: torch.Tensor, mean: bool = True, granularity: str | None = None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Statistics over the tokens of x (batch, seqlen, heads, head_dim), bfloat16 or float16.
+
+    Args:
+        mean: whether x is to be smoothed.
+        granularity: "tensor", "head", "channel": whose maxima are wanted; None: none.
+
+    Returns:
+        mean (batch, heads, head_dim) float32, and the largest finite |x - mean| as float32 bits in int32:
+        (1,), (batch, heads) or (batch, heads, head_dim). None for what was not asked for.
+    """
+    batch, seqlen, heads, head_dim = x.shape
+    floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, granularity is not None)
+    workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
+    of_x = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=x.device) if mean else None
+    amax = None
+    if granularity is not None:
+        shape = {"tensor": (1,), "head": (batch, heads)}.get(granularity, (batch, heads, head_dim))
+        amax = torch.empty(shape, dtype=torch.int32, device=x.device)
+    code = _C.GRANULARITIES[granularity or "none"]
+    _run(_C.token_stats, x, _pointer(workspace), _pointer(of_x), _pointer(amax), code)
+    return of_x, amax
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    recipe: Fp8Recipe,
+    mean: torch.Tensor | None,
+    other_mean: torch.Tensor | None,
+    group: int,
+    queries: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Q or K in 8 bits.
+
+    Args:
+        x: (batch, seqlen, heads, head_dim), bfloat16 or float16.
+        mean: (batch, heads, head_dim) float32, subtracted from x; other_mean: that of K for Q, of Q for K.
+        group: query heads a key/value head.
+        queries: x is Q.
+
+    Returns:
+        codes (batch, seqlen, heads, pitch), scales (batch, heads, groups), and the products of rows and
+        other_mean, (batch, query heads, seqlen) float32: of the unsmoothed rows for Q (lse_shift), of the
+        smoothed ones for K (key_bias); None without other_mean.
+    """
+    batch, seqlen, heads, head_dim = x.shape
+    granularity = recipe.q_granularity if queries else recipe.k_granularity
+    block = Q_BLOCK if queries else K_BLOCK
+    groups = {"token": seqlen, "block": -(-seqlen // block)}.get(granularity, 1)
+    pitch = -(-head_dim // PITCH) * PITCH
+    codes = torch.empty(batch, seqlen, heads, pitch, dtype=_CODES[recipe.qk_dtype], device=x.device)
+    scale = torch.empty(batch, heads, groups, dtype=torch.float32, device=x.device)
+    dots = None
+    if other_mean is not None:
+        query_heads = heads if queries else heads * group
+        dots = torch.empty(batch, query_heads, seqlen, dtype=torch.float32, device=x.device)
+    amax = None
+    if granularity not in ("token", "block"):
+        amax = torch.empty(max(1, batch * heads), 2, dtype=torch.int32, device=x.device)
+    rotate = recipe.rotation == "hadamard"
+    # fmt: off
+    _run(
+        _C.quantize_rows, x, _C.DTYPES[recipe.qk_dtype], queries, group, _C.GRANULARITIES[granularity], block,
+        _pointer(mean), rotate, _sign_bits(head_dim, recipe.rotation_seed) if rotate else b"",
+        _pointer(other_mean), _pointer(dots), _pointer(amax), _pointer(codes), _pointer(scale),
+    )
+    # fmt: on
+    return codes, scale, dots
+
+
+def quantize_v(
+    v: torch.Tensor, recipe: Fp8Recipe, mean: torch.Tensor | None, amax: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """V in e4m3 in the layout of `QuantizedQKV.v`, v_scale and v_mean (batch, heads, head_dim).
+
+    Args:
+        v: (batch, seqlen, heads, head_dim), bfloat16 or float16.
+        mean, amax: of `token_stats`; None without smoothing, and for granularity "none". The mean becomes
+            v_mean in its place.
+    """
+    batch, seqlen, heads, head_dim = v.shape
+    scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=v.device)
+    out = _empty_v(v)
+    v_mean, error_mean, workspace = mean, None, None
+    if recipe.compensate_v:
+        v_mean = error_mean = torch.empty_like(scale) if mean is None else mean
+        floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, False)
+        workspace = torch.empty(max(1, floats), dtype=torch.float32, device=v.device)
+    # fmt: off
+    _run(
+        _C.quantize_v, v, _pointer(mean), _pointer(amax), _C.GRANULARITIES[recipe.v_granularity],
+        _pointer(out), _pointer(scale), _pointer(error_mean), _pointer(workspace),
+    )
+    # fmt: on
+    return out, scale, v_mean
+
+
+def transpose_v(v: torch.Tensor) -> torch.Tensor:
+    """V (batch, seqlen, heads, head_dim) that is float8_e4m3fn already, in the layout of `QuantizedQKV.v`."""
+    v = _aligned(v)
+    out = _empty_v(v)
+    _run(_C.quantize_v, v, 0, 0, _C.GRANULARITIES["none"], _pointer(out), 0, 0, 0)
+    return out
+
+
+def _empty_v(v: torch.Tensor) -> torch.Tensor:
+    batch, seqlen, heads, head_dim = v.shape
+    shape = (batch, heads, _C.tile_columns(head_dim) + ONES_ROWS, -(-seqlen // PITCH) * PITCH)
+    return torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
+
+
+def _sign_bits(head_dim: int, seed: int) -> bytes:
+    """The rotation's signs, bit i of byte n set where that of channel 8 n + i is negative."""
+    bits = sum(1 << i for i, sign in enumerate(rotation_signs(head_dim, seed).tolist()) if sign < 0)
+    return bits.to_bytes(32, "little")
+
+
+def _pointer(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _aligned(t: torch.Tensor) -> torch.Tensor:
+    """`t`, copied if the kernels could not read its rows 16 bytes at a time."""
+    strides = zip(t.stride()[:3], t.shape[:3], strict=True)
+    sound = t.stride(-1) == 1 and all(stride % 8 == 0 or size <= 1 for stride, size in strides)
+    return t if sound and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _run(function: Any, x: torch.Tensor, *arguments: Any) -> None:
+    """Call one of _C's functions with x's dtype, address, strides and sizes before `arguments`."""
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return _run(function, x, *arguments)
+    dtype = "e4m3" if x.dtype == torch.float8_e4m3fn else DTYPE_NAMES[x.dtype]
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index)
+    status = function(_C.DTYPES[dtype], x.data_ptr(), *x.stride()[:3], *x.shape, *arguments, stream)
+    if status != _C.STATUS_OK:
+        raise RuntimeError(f"hopper_fa quantisation was not launched: {STATUS_SENTENCES[status]}.")

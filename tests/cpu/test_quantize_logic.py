@@ -1,0 +1,80 @@
+"""The quantisation kernels' host-compiled index arithmetic, against quantization.py and brute force."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from hopper_fa import quantization
+from hopper_fa.kernels import _C
+
+HEAD_DIMS = range(8, 257, 8)
+SHARED_MEMORY_BANKS = 8  # of 16 bytes: what eight threads read or write at once
+
+
+def test_key_order_is_that_of_quantization() -> None:
+    keys = torch.arange(48)
+    expected = quantization._permute_keys(keys).tolist()
+    assert [p // 16 * 16 + _C.key_at(p % 16) for p in range(48)] == expected
+
+
+def test_key_mask_marks_the_keys_that_exist() -> None:
+    for keys in (-5, *range(18)):
+        for word in range(4):
+            mask = _C.key_mask(word, keys)
+            for i in range(4):
+                assert mask >> 8 * i & 0xFF == (0xFF if _C.key_at(4 * word + i) < keys else 0)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_hadamard_blocks_are_those_of_quantization(head_dim: int) -> None:
+    """Largest power of two first; and no column past head_dim has a partner before it."""
+    column = 0
+    while column < head_dim:
+        size = 1 << ((head_dim - column).bit_length() - 1)
+        assert {_C.hadamard_block(c, head_dim) for c in range(column, column + size)} == {size}
+        norm = torch.tensor(1 / math.sqrt(size), dtype=torch.float32).item()
+        assert _C.hadamard_norm(size) == norm
+        column += size
+    for c in range(head_dim, 256):
+        block = _C.hadamard_block(c, head_dim)
+        partners = [c ^ (1 << bit) for bit in range(8) if 1 << bit < block]
+        assert all(partner >= head_dim for partner in partners)
+        assert all(_C.hadamard_block(partner, head_dim) == block for partner in partners)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_row_threads_hold_every_column(head_dim: int) -> None:
+    threads = _C.row_threads(head_dim)
+    assert threads in (2, 4, 8) and 32 * threads == _C.tile_columns(head_dim) >= head_dim
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_v_slots(head_dim: int) -> None:
+    """Every (channel, group) has a slot of its own, and no eight threads meet in a bank."""
+    groups = _C.v_tile_groups(head_dim)
+    slots = {(c, g): _C.v_slot(c, g, groups) for c in range(head_dim) for g in range(groups)}
+    assert sorted(slots.values()) == list(range(head_dim * groups))
+
+    def banks(threads: list[tuple[int, int]]) -> int:
+        return len({slots[thread] % SHARED_MEMORY_BANKS for thread in threads})
+
+    for c in range(head_dim):  # eight neighbouring groups of a channel are read
+        for g in range(0, groups, 8):
+            assert banks([(c, g + i) for i in range(8)]) == 8
+    if head_dim % 64 == 0:  # the same channel of eight neighbouring octets is written
+        for c in range(0, head_dim, 64):
+            for g in range(groups):
+                assert banks([(c + 8 * i, g) for i in range(8)]) == 8
+
+
+def test_tiles_are_counted_heads_first(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = [1, 2, 3, 5, 7, 8, 16, 31, 64, 100, 127, 1000, 2**16, 2**20 + 1, 2**30, 2**31 - 1]
+    for _ in range(5000):
+        heads, blocks = rng.choice(sizes), rng.choice(sizes)
+        edge = rng.choice([heads, heads * blocks, 2**31]) + rng.randint(-2, 2)
+        index = min(max(0, rng.choice([edge, rng.randrange(2**31)])), 2**31 - 1)
+        row, head = divmod(index, heads)
+        assert _C.quantize_tile(index, heads, blocks) == (row % blocks, head, row // blocks)

@@ -1,0 +1,184 @@
+"""The FP8 kernel against its emulator, closely, and against float64, by what the recipe allows itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    GQA_CASES,
+    HEAD_DIM_CASES,
+    INSTANCE_HEAD_DIMS,
+    SCALE_CASES,
+    SEQLEN_CASES,
+    Case,
+    assert_surroundings_nan,
+    in_nan,
+)
+
+from hopper_fa import Fp8Recipe, kernels, quantize_qkv
+from hopper_fa.accuracy import DISTRIBUTIONS
+from hopper_fa.emulator_fp8 import attention_fp8_emulated
+from hopper_fa.metrics import error_metrics
+from hopper_fa.quantization import QuantizedQKV
+from hopper_fa.reference import attention_reference
+
+pytestmark = pytest.mark.skipif(
+    not kernels.HAS_FP8, reason="this build holds no FP8 kernel (they come with HOPPER_FA_EXPERIMENTS)"
+)
+
+RECIPES = {
+    "default": Fp8Recipe.default(),
+    "accurate": Fp8Recipe.accurate(),
+    "e4m3": replace(Fp8Recipe.default(), qk_dtype="e4m3"),
+    # FlashAttention-3's scales, with two-level accumulation.
+    "per_head": replace(Fp8Recipe.fa3(), accumulation=1, row_sum="product"),
+    "plain": Fp8Recipe(q_granularity="token", k_granularity="head", v_granularity="none"),
+}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+every_instance = pytest.mark.parametrize("head_dim", INSTANCE_HEAD_DIMS)
+both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+
+
+def run_poisoned(
+    qkv: QuantizedQKV, softmax_scale: float | None, causal: bool, out_dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel into outputs that are NaN and lie in NaN."""
+    batch, seqlen_q, heads_q, _ = qkv.q.shape
+    nan = torch.full(
+        (batch, seqlen_q, heads_q, qkv.head_dim), float("nan"), dtype=out_dtype, device=qkv.q.device
+    )
+    out = in_nan(nan)
+    lse = torch.full((batch, heads_q, seqlen_q), float("nan"), device=qkv.q.device)
+    scale = qkv.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    kernels.forward_fp8(qkv, out, lse, scale, causal)
+    assert_surroundings_nan(out)
+    return out, lse
+
+
+def assert_agrees(
+    qkv: QuantizedQKV, truth: torch.Tensor, softmax_scale: float | None = None, causal: bool = False
+) -> None:
+    """Kernel and emulator differ by at most a twentieth of the kernel's error, and its output's rounding.
+
+    truth: float64 attention of the unquantised tensors.
+    """
+    out, lse = run_poisoned(qkv, softmax_scale, causal, torch.float16)
+    # e4m3 scores need the tensor core's own sums: their small differences flip roundings of P.
+    emulated, emulated_lse = attention_fp8_emulated(
+        qkv,
+        softmax_scale,
+        causal,
+        torch.float16,
+        accumulator="auto" if qkv.recipe.qk_dtype == "int8" else "tensor_core",
+    )
+    assert out.isfinite().all()
+    torch.testing.assert_close(lse, emulated_lse, atol=2e-3, rtol=1e-5)
+    apart = error_metrics(out, emulated.double())["relative_l2"]
+    own = error_metrics(out, truth)["relative_l2"]
+    rounding = 0.5 * torch.finfo(torch.float16).eps
+    assert apart <= own / 20 + rounding, f"{apart:.2e} from the emulator; the error is {own:.2e}"
+
+
+def check(case: Case, recipe: str, seed: int, distribution: str = "normal") -> None:
+    q, k, v = case.qkv(torch.bfloat16, seed, "cuda", distribution)
+    truth, _ = attention_reference(q, k, v, case.softmax_scale, case.causal)
+    assert_agrees(quantize_qkv(q, k, v, RECIPES[recipe]), truth, case.softmax_scale, case.causal)
+
+
+@every_instance
+def test_one_block(head_dim: int, seed: int) -> None:
+    """The smallest problem first: one warpgroup, one key block, no mask, exact sums of scores."""
+    q, k, v = Case(1, 1, 1, 64, 128, head_dim).qkv(torch.bfloat16, seed, "cuda")
+    truth, _ = attention_reference(q, k, v)
+    assert_agrees(quantize_qkv(q, k, v, replace(RECIPES["plain"], qk_dtype="int8")), truth)
+
+
+@pytest.mark.parametrize("recipe", ["default", "e4m3"])
+@pytest.mark.parametrize("case", HEAD_DIM_CASES + SEQLEN_CASES + GQA_CASES + SCALE_CASES, ids=str)
+def test_shared_cases(case: Case, recipe: str, seed: int) -> None:
+    check(case, recipe, seed)
+
+
+@every_recipe
+@both_masks
+@every_instance
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_hard_inputs(distribution: str, head_dim: int, causal: bool, recipe: str, seed: int) -> None:
+    check(Case(2, 4, 2, 799, 1023, head_dim, causal), recipe, seed, distribution)
+
+
+@both_masks
+@every_instance
+def test_more_tiles_than_multiprocessors(head_dim: int, causal: bool, seed: int) -> None:
+    check(Case(5, 12, 4, 1000, 1000, head_dim, causal), "default", seed)
+
+
+@both_masks
+@every_instance
+@pytest.mark.parametrize("seqlen_k", [1, 2, 3, 130, 4096])
+def test_ones_stay_ones(seqlen_k: int, head_dim: int, causal: bool, seed: int) -> None:
+    q, k, v = Case(1, 4, 4, 300, seqlen_k, head_dim, causal).qkv(torch.bfloat16, seed, "cuda", "v_ones")
+    out, lse = run_poisoned(quantize_qkv(q, k, v, RECIPES["e4m3"]), None, causal)
+    seen = (lse > float("-inf")).transpose(1, 2)
+    assert (out[seen].float() - 1).abs().max() <= 2**-8
+    assert (out[~seen] == 0).all()
+
+
+@every_instance
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_dtypes(dtype: str, head_dim: int, seed: int) -> None:
+    q, k, v = Case(1, 2, 2, 200, 300, head_dim).qkv(torch.bfloat16, seed, "cuda")
+    qkv = quantize_qkv(q, k, v)
+    out, _ = run_poisoned(qkv, None, False, DTYPES[dtype])
+    emulated, _ = attention_fp8_emulated(qkv, None, False, DTYPES[dtype])
+    assert error_metrics(out, emulated.double())["relative_l2"] <= 4e-3
+
+
+@both_masks
+@every_instance
+def test_hidden_keys_leave_no_trace(head_dim: int, causal: bool, seed: int) -> None:
+    """Under a recipe without statistics over tokens, later keys do not change a bit of earlier rows."""
+    recipe = RECIPES["plain"] if not causal else replace(RECIPES["plain"], k_granularity="block")
+    q, k, v = Case(1, 2, 1, 700, 700, head_dim, True).qkv(torch.bfloat16, seed, "cuda")
+    position = 384  # at the start of a key block, so that no scale is shared across it
+    changed_k, changed_v = k.clone(), v.clone()
+    changed_k[:, position:] *= 2 if causal else 1
+    changed_v[:, position:] = 5 * torch.randn_like(v[:, position:])
+    out, _ = run_poisoned(quantize_qkv(q, k, v, recipe), None, True)
+    changed, _ = run_poisoned(quantize_qkv(q, changed_k, changed_v, recipe), None, True)
+    assert torch.equal(out[:, :position], changed[:, :position])
+
+
+@every_instance
+def test_repeats_are_bit_equal(head_dim: int, seed: int) -> None:
+    q, k, v = Case(3, 8, 2, 1000, 1500, head_dim, True).qkv(torch.bfloat16, seed, "cuda")
+    qkv = quantize_qkv(q, k, v)
+    first = run_poisoned(qkv, None, True)
+    for _ in range(100):
+        again = run_poisoned(qkv, None, True)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@every_instance
+def test_nan_row_stays_alone(head_dim: int, seed: int) -> None:
+    q, k, v = Case(1, 2, 2, 200, 300, head_dim).qkv(torch.bfloat16, seed, "cuda")
+    q[0, 77, 1, 3] = float("nan")
+    out, lse = run_poisoned(quantize_qkv(q, k, v, RECIPES["e4m3"]), None, False)
+    broken = torch.zeros(200, 2, dtype=torch.bool, device="cuda")
+    broken[77, 1] = True
+    assert torch.equal(out[0].isnan().all(-1), broken) and torch.equal(out[0].isnan().any(-1), broken)
+    assert torch.equal(lse[0].isnan().T, broken)
+
+
+@every_instance
+def test_long_sums_keep_their_bits(head_dim: int, seed: int) -> None:
+    """128k keys, V of mean 1: where an unflushed accumulator loses half of the output."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    q = torch.randn((1, 64, 1, head_dim), generator=generator, device="cuda").bfloat16()
+    k = torch.randn((1, 131072, 1, head_dim), generator=generator, device="cuda").bfloat16()
+    v = (torch.randn((1, 131072, 1, head_dim), generator=generator, device="cuda") + 1).bfloat16()
+    truth, _ = attention_reference(q, k, v)
+    out, _ = run_poisoned(quantize_qkv(q, k, v), None, False, torch.float16)
+    errors = error_metrics(out, truth)
+    assert errors["relative_l2"] <= 2.8e-3 and abs(errors["signed_bias"]) <= 1e-3
