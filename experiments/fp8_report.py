@@ -152,8 +152,8 @@ def _kb(rows: list[Row]) -> list[str]:
     ]
     return [
         f"N(0, 1), and one N(0, 9) vector added to all keys of a head; {rows[0]['keys']} keys, "
-        f"{rows[0]['queries']} rows of queries. RMSE hardly differs between heads; relative L2 does, with the "
-        "size of the output.",
+        f"{rows[0]['queries']} rows of queries. RMSE hardly differs between heads; relative L2 does, with "
+        "the size of the output.",
         "",
         *markdown(["", "run by", *ERRORS.values(), "rel. L2 of heads", "target"], lines),
         "Peers on an H200, 4096 keys, 16 heads:",

@@ -289,7 +289,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             "#9aa5b1" if row["attention"] in (BF16, "fa3", "fa3_paper") else "#d1495b" for row in of_kind
         ]
         bars = axis.bar(range(len(values)), values, color=colors)
-        axis.bar_label(bars, fmt="%.1e", fontsize=7, padding=2)
+        axis.bar_label(bars, fmt="%.1e", fontsize=7, label_type="center", color="white")
         for name, style in marks.items():
             points = [(x, row[name]) for x, row in enumerate(of_kind) if row[name]]
             if points:

@@ -18,7 +18,7 @@ import fp8_studies
 import results
 from fp8_rows import merged
 
-from hopper_fa import Fp8Recipe, attention_reference, quantize_qkv
+from hopper_fa import Fp8Recipe, attention_reference, error_metrics, quantize_qkv
 from hopper_fa.accuracy_fp8 import study_inputs
 
 TINY = fp8_studies.Sizes(heads=1, keys=256, queries=32, short=128, long=(256,))
@@ -151,12 +151,16 @@ def test_a_budget_ends_a_run_between_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert fp8_accuracy.run("e1", TINY, tmp_path, 0.0)["rows"] == []
 
 
-def test_merged_is_of_all_heads_together() -> None:
-    rows = [{"variant": "a", "rmse": 3.0, "max_abs": 1.0, "relative_l1": 1.0, "seed": 0}]
-    rows.append({"variant": "a", "rmse": 4.0, "max_abs": 5.0, "relative_l1": 2.0, "seed": 1})
+def test_merged_is_of_all_heads_together(seed: int) -> None:
+    heads = [(torch.randn(5, 8), scale * torch.randn(5, 8)) for scale in (0.1, 0.3, 1.0)]
+    rows = [{"variant": "a", "seed": i, **error_metrics(ref + e, ref)} for i, (ref, e) in enumerate(heads)]
     row = merged(rows, "variant")[("a",)]
-    assert (row["rmse"], row["max_abs"], row["relative_l1"], row["heads"]) == (math.sqrt(12.5), 5.0, 1.5, 2)
-    assert (row["lowest_rmse"], row["highest_rmse"]) == (3.0, 4.0)
+    ref, error = (torch.cat(tensors) for tensors in zip(*heads, strict=True))
+    whole = error_metrics(ref + error, ref)
+    for name in ("rmse", "relative_l2", "max_abs"):
+        assert row[name] == pytest.approx(whole[name], rel=1e-5)
+    assert row["heads"] == 3 and row["relative_l1"] == pytest.approx(sum(r["relative_l1"] for r in rows) / 3)
+    assert (row["lowest_rmse"], row["highest_rmse"]) == (rows[0]["rmse"], rows[2]["rmse"])
 
 
 def test_sizes_follow_the_machine_and_the_options() -> None:
