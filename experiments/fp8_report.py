@@ -91,7 +91,7 @@ def _made(result: dict) -> list[str]:
     parts = [f"`{made['command']}`", results.subtitle(result), f"run by the {result['runs_on']}"]
     parts.append(", ".join(f"{name} {sizes[name]}" for name in ("heads", "seed") if name in sizes))
     if not result.get("complete", True):
-        parts.append("**cut short by its time budget**")
+        parts.append("**cut short**")
     return [" · ".join(parts)]
 
 
@@ -254,9 +254,9 @@ def _e8(rows: list[Row]) -> list[str]:
     text = [
         "After Golden et al. (arXiv 2405.02803; its values are in figures only: flash attention in BF16 "
         "deviates about ten times as far as standard attention, more with length, less with larger tiles). "
-        "Largest |error| against float64 of the BF16 inputs, which itself falls with the length as the "
-        "does; intermediate is rounded unless `fp32 sums`. The hopper_fa rows are the kernels' own "
-        "arithmetic, with BF16 output.",
+        "Largest |error| against float64 of the BF16 inputs, which falls with the length as the "
+        "output does; every intermediate is rounded unless `fp32 sums`. The hopper_fa rows are the kernels' "
+        "own arithmetic, with BF16 output.",
         "",
     ]
     cells = merged(rows, "precision", "variant", "keys", "block")
