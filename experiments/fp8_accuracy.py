@@ -28,7 +28,7 @@ import results
 import torch
 from fp8_studies import Row, Sizes
 
-from hopper_fa.accuracy_fp8 import implementation
+from hopper_fa.accuracy_fp8 import implementation, one_thread
 from hopper_fa.info import machine_info
 
 EXPERIMENTS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
@@ -138,7 +138,8 @@ def main() -> None:
     for index, name in enumerate(options.experiments):
         # What an experiment leaves of its share goes to those after it.
         left = options.budget_seconds - (time.monotonic() - start)
-        result = run(name, sizes, options.out, left / (len(options.experiments) - index))
+        with one_thread():
+            result = run(name, sizes, options.out, left / (len(options.experiments) - index))
         end = "done" if result["complete"] else "cut short by --budget-seconds"
         print(f"{name} {end} after {result['seconds']} s, {len(result['rows'])} rows", flush=True)
     print(f"written: {fp8_report.write(options.out)}")

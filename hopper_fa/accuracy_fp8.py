@@ -4,6 +4,7 @@ Errors are against float64 attention of the inputs before they are rounded to BF
 published ones are against.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,21 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.
     k, v = k.double(), v.double()
     outs, lses = zip(*(attention_reference(part, k, v) for part in q.split(rows, 1)), strict=True)
     return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread inside.
+
+    NOTE: the tensor core's model is a long chain of small operations. A second thread hardly helps there (60
+    s for the study instead of 76 s), and where the cores are shared its waiting multiplies the time (505 s).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def implementation(device: str | torch.device) -> str:

@@ -138,18 +138,12 @@ def _accuracy(options: argparse.Namespace) -> int:
     runs_on = accuracy_fp8.implementation(device)
     print(f"{accuracy_fp8.legend()}\n\nseed {seed}, FP8 run by the {runs_on} on {device}\n")
     rows = accuracy_fp8.fp8_accuracy(options.inputs, **problem, device=device, seed=seed)
-    return _study(
-        options.output / "fp8_accuracy",
-        rows,
-        len(options.inputs) * (1 + len(accuracy_fp8.RECIPES)),
-        {
-            "problem": {"inputs": options.inputs, **problem, "seed": seed},
-            "device": device,
-            "runs_on": runs_on,
-        },
-        accuracy_fp8,
-        f"FP8 attention against float64, head dim 128, by the {runs_on} on {device}",
-    )
+    inputs = {"inputs": options.inputs, **problem, "seed": seed}
+    total = len(options.inputs) * (1 + len(accuracy_fp8.RECIPES))
+    title = f"FP8 attention against float64, head dim 128, by the {runs_on} on {device}"
+    facts = {"problem": inputs, "device": device, "runs_on": runs_on}
+    with accuracy_fp8.one_thread():
+        return _study(options.output / "fp8_accuracy", rows, total, facts, accuracy_fp8, title)
 
 
 def _accuracy16(options: argparse.Namespace) -> int:

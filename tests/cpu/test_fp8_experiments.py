@@ -19,7 +19,7 @@ import results
 from fp8_rows import merged
 
 from hopper_fa import Fp8Recipe, attention_reference, error_metrics, quantize_qkv
-from hopper_fa.accuracy_fp8 import study_inputs
+from hopper_fa.accuracy_fp8 import one_thread, study_inputs
 
 TINY = fp8_studies.Sizes(heads=1, keys=256, queries=32, short=128, long=(256,))
 
@@ -28,11 +28,9 @@ TINY = fp8_studies.Sizes(heads=1, keys=256, queries=32, short=128, long=(256,))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of every experiment."""
     out = tmp_path_factory.mktemp("fp8")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # at these sizes a second one costs more than it saves
-    for name in fp8_accuracy.EXPERIMENTS:
-        fp8_accuracy.run(name, TINY, out, float("inf"))
-    torch.set_num_threads(threads)
+    with one_thread():
+        for name in fp8_accuracy.EXPERIMENTS:
+            fp8_accuracy.run(name, TINY, out, float("inf"))
     return out
 
 
@@ -161,6 +159,23 @@ def test_merged_is_of_all_heads_together(seed: int) -> None:
         assert row[name] == pytest.approx(whole[name], rel=1e-5)
     assert row["heads"] == 3 and row["relative_l1"] == pytest.approx(sum(r["relative_l1"] for r in rows) / 3)
     assert (row["lowest_rmse"], row["highest_rmse"]) == (rows[0]["rmse"], rows[2]["rmse"])
+
+
+def test_committed_results_support_the_readme() -> None:
+    """What README.md and docs/fp8.md say of the targets."""
+    folder = results.RESULTS / "fp8_accuracy"
+    found = {name: results.load(folder / f"{name}.json") for name in fp8_report.SECTIONS}
+    assert all(result["complete"] and not result["made"]["dirty"] for result in found.values())
+    rows = {name: merged(found[name]["rows"], "variant") for name in ("e1", "kb")}
+    rows["e4"] = merged(
+        (row for row in found["e4"]["rows"] if row["keys"] == 131072 and row["v_mean"] == 1.0), "variant"
+    )
+    missed = {
+        key for key, target in fp8_published.TARGETS.items() if abs(rows[key[0]][(key[1],)][key[2]]) > target
+    }
+    assert missed == {("kb", "accurate", "relative_l2")}
+    for name, value in fp8_published.FA3.items():
+        assert rows["e1"][(name,)]["rmse"] == pytest.approx(value, rel=0.12)
 
 
 def test_sizes_follow_the_machine_and_the_options() -> None:
