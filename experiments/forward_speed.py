@@ -162,6 +162,22 @@ def print_summary(result: dict) -> None:
     print(f"  {results.ceiling_line(result)}")
 
 
+def new_result(
+    experiment: str, monitor: GpuMonitor, settings: dict, peers: list[Peer], missing: dict[str, str]
+) -> dict:
+    """A result without rows: where, when and with what it was made, and the matmul rate before."""
+    return {
+        "experiment": experiment,
+        "made": results.provenance(),
+        "device": device_facts(monitor),
+        "settings": settings,
+        "peers": {peer.name: peer.version for peer in peers},
+        "missing": missing,
+        "matmul_ceiling": {"before": matmul_ceiling(monitor)},
+        "rows": [],
+    }
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line.new_parser(__doc__)
     parser.add_argument("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS))
@@ -217,21 +233,8 @@ def main() -> None:
     if monitor.problem:
         print(f"clocks and power are not recorded: {monitor.problem}")
     seed = command_line.seed_of(options)
-    result = {
-        "experiment": "forward_speed",
-        "made": results.provenance(),
-        "device": device_facts(monitor),
-        "settings": {
-            "rounds": options.rounds,
-            "batch_ms": options.batch_ms,
-            "method": options.method,
-            "seed": seed,
-        },
-        "peers": {peer.name: peer.version for peer in peers},
-        "missing": missing,
-        "matmul_ceiling": {"before": matmul_ceiling(monitor)},
-        "rows": [],
-    }
+    settings = {name: getattr(options, name) for name in ("rounds", "batch_ms", "method")} | {"seed": seed}
+    result = new_result("forward_speed", monitor, settings, peers, missing)
     spent = 0.0
     for index, shape in enumerate(shapes):
         budget = options.budget_seconds

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
-from peers import Call, Peer, _fa2, _hopper_fa, _version, reason
+from peers import Call, Peer, _fa2, _hopper_fa, _version, build_graph, heads_layout, reason
 from shapes import Shape
 
 from hopper_fa import Fp8Recipe, kernels, quantize_qkv
@@ -87,12 +87,8 @@ class CudnnFp8Forward:
             handle=handle, io_data_type=e4m3, intermediate_data_type=fp32, compute_data_type=fp32
         )
 
-        def layout(heads: int) -> dict[str, list[int]]:
-            b, s, d = shape.batch, shape.seqlen, shape.head_dim
-            return {"dim": [b, heads, s, d], "stride": [s * heads * d, d, heads * d, 1]}
-
         self.inputs = [
-            graph.tensor(name=name, data_type=e4m3, **layout(heads))
+            graph.tensor(name=name, data_type=e4m3, **heads_layout(shape, heads))
             for name, heads in (("q", shape.heads), ("k", shape.heads_kv), ("v", shape.heads_kv))
         ]
         names = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
@@ -107,17 +103,13 @@ class CudnnFp8Forward:
             generate_stats=True,
             name="sdpa_fp8",
         )
-        whole = layout(shape.heads)
+        whole = heads_layout(shape, shape.heads)
         out.set_output(True).set_dim(whole["dim"]).set_stride(whole["stride"]).set_data_type(e4m3)
         b, h, s = shape.batch, shape.heads, shape.seqlen
         stats.set_output(True).set_dim([b, h, s, 1]).set_stride([h * s, s, 1, 1]).set_data_type(fp32)
         for amax in (amax_s, amax_o):
             amax.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(fp32)
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        graph.check_support()
-        graph.build_plans()
+        build_graph(graph)
         self.graph, self.outputs = graph, (out, stats, amax_s, amax_o)
 
     def bind(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, descales: list[float]) -> Call:

@@ -15,10 +15,10 @@ import gc
 import command_line
 import results
 import torch
-from forward_speed import measure_shape, rates
+from forward_speed import measure_shape, new_result, rates
 from fp8_peers import BUILDERS, find_fp8_peers
 from shapes import HEAD_DIMS, SEQLENS, standard_grid
-from timing import GpuMonitor, device_facts, matmul_ceiling
+from timing import GpuMonitor, matmul_ceiling
 
 OTHERS = ("hopper_fa_bf16", "fa2", "fa3", "vllm", "cudnn")
 
@@ -67,16 +67,8 @@ def main() -> None:
     shapes = standard_grid(tuple(options.head_dims), tuple(options.seqlens), dtype=options.dtype)
     monitor = GpuMonitor()
     seed = command_line.seed_of(options)
-    result = {
-        "experiment": "fp8_speed",
-        "made": results.provenance(),
-        "device": device_facts(monitor),
-        "settings": {"rounds": options.rounds, "batch_ms": options.batch_ms, "seed": seed},
-        "peers": {peer.name: peer.version for peer in peers},
-        "missing": missing,
-        "matmul_ceiling": {"before": matmul_ceiling(monitor)},
-        "rows": [],
-    }
+    settings = {name: getattr(options, name) for name in ("rounds", "batch_ms", "method")} | {"seed": seed}
+    result = new_result("fp8_speed", monitor, settings, peers, missing)
     spent = 0.0
     for index, shape in enumerate(shapes):
         budget = options.budget_seconds

