@@ -6,6 +6,7 @@ published ones are against.
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,14 +159,14 @@ def attend(qkv: QuantizedQKV, runs_on: str, causal: bool = False) -> tuple[torch
     """FP8 attention over quantised tensors: out in BF16, lse, and what ran it.
 
     Args:
-        runs_on: from `implementation`. What the kernel is not built for runs on the emulator.
+        runs_on: from `implementation`. What the kernel does not run goes to the emulator, with a warning.
     """
     if runs_on == "kernel":
         try:
             out, lse = flash_attn_quantized_func(qkv, causal=causal, return_lse=True, backend="cuda")
             return out, lse, runs_on
-        except RuntimeError:
-            pass
+        except RuntimeError as error:
+            warnings.warn(f"the emulator runs what the kernel did not: {error}", stacklevel=2)
     return *attention_fp8_emulated(qkv, causal=causal), "emulator"
 
 
