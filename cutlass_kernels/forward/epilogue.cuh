@@ -21,15 +21,14 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
 }
 
 // Where the rows of this thread go: row r and r + 8 of its warp's 16.
-template <class Element>
 struct OutputRows {
-  Element* out;  // row r, column 0
+  uint16_t* out;  // row r, column 0
   float* lse;
   int exist;  // 0, 1 or 2 of them are inside the sequence
 
   __device__ __forceinline__ OutputRows(ForwardArguments const& args, Tile const& tile, int first_row) {
     int const row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    out = static_cast<Element*>(args.out) + tile.batch * args.out_batch_stride +
+    out = static_cast<uint16_t*>(args.out) + tile.batch * args.out_batch_stride +
           tile.head * args.out_head_stride + row * args.out_row_stride;
     lse = args.lse + static_cast<int64_t>(tile.batch * args.scheduler.heads_q + tile.head) * args.seqlen_q +
           row;
@@ -61,18 +60,36 @@ struct Dequantisation {
   }
 };
 
+template <class Element>
+__device__ __forceinline__ uint32_t round_pair(cutlass::Array<float, 2> const& pair) {
+  cutlass::NumericArrayConverter<Element, float, 2> round;
+  return reinterpret_cast<uint32_t const&>(static_cast<cutlass::Array<Element, 2> const&>(round(pair)));
+}
+
+// Two columns in the output's dtype. 8 bit: a run-time choice here, which costs two instructions, because one
+// around store_output would double its code.
+template <class Traits>
+__device__ __forceinline__ uint32_t round_output(ForwardArguments const& args,
+                                                 cutlass::Array<float, 2> const& pair) {
+  if constexpr (Traits::kFp8) {
+    uint32_t const fp16 = round_pair<cutlass::half_t>(pair), bf16 = round_pair<cutlass::bfloat16_t>(pair);
+    return args.fp8.out_dtype == DType::kFP16 ? fp16 : bf16;
+  } else {
+    return round_pair<typename Traits::Element>(pair);
+  }
+}
+
 // Rows [first_row, first_row + 64) of one head: out = output * factor in 16 bits, and their LSE.
-template <class Traits, class Element, class Output>
+template <class Traits, class Output>
 __device__ __forceinline__ void store_output(ForwardArguments const& args, Tile const& tile, int first_row,
                                              Output const& output, float const (&factor)[2],
                                              float const (&lse)[2]) {
-  cutlass::NumericArrayConverter<Element, float, 2> round;
-  OutputRows<Element> const rows(args, tile, first_row);
+  OutputRows const rows(args, tile, first_row);
   Dequantisation const dequantisation(args, tile, first_row);
   int const in_quad = threadIdx.x % 4;
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
-    Element* const out = rows.out + 8 * r * args.out_row_stride;
+    uint16_t* const out = rows.out + 8 * r * args.out_row_stride;
     // Four column octets at a time: each lane of the quad ends with one whole octet, 16 bytes.
     CUTE_UNROLL
     for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
@@ -86,8 +103,7 @@ __device__ __forceinline__ void store_output(ForwardArguments const& args, Tile 
           if (8 * (octet + j) < args.head_dim)
             dequantisation.apply(pair, 8 * (octet + j) + 2 * in_quad, lse[r] == -INFINITY ? 0.f : 1.f);
         }
-        words[j] =
-            reinterpret_cast<uint32_t const&>(static_cast<cutlass::Array<Element, 2> const&>(round(pair)));
+        words[j] = round_output<Traits>(args, pair);
       }
       quad_transpose(words);
       int const column = 8 * (octet + in_quad);
@@ -108,7 +124,7 @@ __device__ __forceinline__ void store_output(ForwardArguments const& args, Tile 
 // The same for rows that see no key: zeros and -inf.
 template <class Traits>
 __device__ __forceinline__ void store_empty(ForwardArguments const& args, Tile const& tile, int first_row) {
-  OutputRows<uint16_t> const rows(args, tile, first_row);
+  OutputRows const rows(args, tile, first_row);
   int const in_quad = threadIdx.x % 4;
   for (int r = 0; r < rows.exist; ++r) {
     for (int column = 8 * in_quad; column < args.head_dim; column += 32)

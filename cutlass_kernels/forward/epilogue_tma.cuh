@@ -22,7 +22,6 @@ __device__ __forceinline__ void store_output_tma(typename Traits::Arguments cons
   using Element = typename Traits::Element;
   constexpr int kFirstId = 4;  // of the named barriers, after the batons'
   constexpr int kSlab = 64 * 64;
-  cutlass::NumericArrayConverter<Element, float, 2> round;
   int const lane = threadIdx.x % 32;
   int const warp_row = threadIdx.x % 128 / 32 * 16;
   Element* const rows = staging + warp_row * 64;
@@ -38,8 +37,7 @@ __device__ __forceinline__ void store_output_tma(typename Traits::Arguments cons
       int const r = j % 2, i = 4 * (octet + j / 2) + 2 * r;
       cutlass::Array<float, 2> pair;
       pair[0] = output(i) * factor[r], pair[1] = output(i + 1) * factor[r];
-      words[j] =
-          reinterpret_cast<uint32_t const&>(static_cast<cutlass::Array<Element, 2> const&>(round(pair)));
+      words[j] = round_output<Traits>(args, pair);
     }
     int const swizzled = (octet % 8 + lane / 16) ^ (lane % 8);
     Element* const to = rows + octet / 8 * kSlab + lane % 16 * 64 + swizzled * 8;
@@ -54,7 +52,7 @@ __device__ __forceinline__ void store_output_tma(typename Traits::Arguments cons
                               tile.batch);
     tma_store_arrive();
   }
-  OutputRows<Element> const to(args, tile, first_row);
+  OutputRows const to(args, tile, first_row);
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r)
     if (r < to.exist && lane % 4 == 0) to.lse[8 * r] = lse[r];

@@ -265,17 +265,14 @@ class Mainloop {
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) row_sum[r] = __shfl_sync(~0u, row_sum_[r], threadIdx.x % 32 & ~3);
       softmax_.finish(row_sum, args_.fp8.p_offset, factor, lse);
-      if (args_.fp8.out_dtype == DType::kFP16)
-        store_output<Traits, cutlass::half_t>(args_, tile_, first_row(tile_), output_, factor, lse);
-      else
-        store_output<Traits, cutlass::bfloat16_t>(args_, tile_, first_row(tile_), output_, factor, lse);
+      store_output<Traits>(args_, tile_, first_row(tile_), output_, factor, lse);
     } else {
       softmax_.finish(factor, lse);
       if constexpr (kTile.tma_store)
         store_output_tma<Traits>(args_, tile_, first_row(tile_), output_, factor, lse,
                                  shared_.q[q_slot_][warpgroup_], warpgroup_);
       else
-        store_output<Traits, typename Traits::Element>(args_, tile_, first_row(tile_), output_, factor, lse);
+        store_output<Traits>(args_, tile_, first_row(tile_), output_, factor, lse);
     }
   }
 
