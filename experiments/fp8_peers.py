@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
-from peers import Call, Peer, _fa2, _hopper_fa, _version, build_graph, heads_layout, reason
+from peers import Call, Peer, _fa2, _hopper_fa, _version, build_graph, graph_call, heads_layout, reason
 from shapes import Shape
 
 from hopper_fa import Fp8Recipe, kernels, quantize_qkv
@@ -81,7 +81,7 @@ class CudnnFp8Forward:
     def __init__(self, shape: Shape, handle: object) -> None:
         import cudnn
 
-        self.cudnn, self.handle = cudnn, handle
+        self.handle = handle
         e4m3, fp32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
         graph = cudnn.pygraph(
             handle=handle, io_data_type=e4m3, intermediate_data_type=fp32, compute_data_type=fp32
@@ -126,14 +126,7 @@ class CudnnFp8Forward:
         tensors |= {t: number(x) for t, x in zip(self.scales.values(), values, strict=True)}
         written = (out, number(0.0, batch, heads, seqlen, 1), number(0.0), number(0.0))
         tensors |= dict(zip(self.outputs, written, strict=True))
-        workspace = torch.empty(max(self.graph.get_workspace_size(), 1), dtype=torch.uint8, device=q.device)
-
-        def call() -> torch.Tensor:
-            self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
-            self.graph.execute(tensors, workspace, handle=self.handle)
-            return out
-
-        return call
+        return graph_call(self.graph, self.handle, tensors, out)
 
 
 def _cudnn() -> Peer:

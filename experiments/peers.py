@@ -106,6 +106,20 @@ def build_graph(graph: Any) -> None:
     graph.build_plans()
 
 
+def graph_call(graph: Any, handle: object, tensors: dict, out: torch.Tensor) -> Call:
+    """The call that runs a built graph on these tensors in the current stream; `out` is among them."""
+    import cudnn
+
+    workspace = torch.empty(max(graph.get_workspace_size(), 1), dtype=torch.uint8, device=out.device)
+
+    def call() -> torch.Tensor:
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        graph.execute(tensors, workspace, handle=handle)
+        return out
+
+    return call
+
+
 def heads_layout(shape: Shape, heads: int) -> dict[str, list[int]]:
     """Dimensions in cuDNN's order (batch, heads, seqlen, head_dim), strides those of our layout."""
     b, s, d = shape.batch, shape.seqlen, shape.head_dim
@@ -126,7 +140,7 @@ class CudnnForward:
     ) -> None:
         import cudnn
 
-        self.cudnn, self.handle = cudnn, handle
+        self.handle = handle
         io_type = {"bf16": cudnn.data_type.BFLOAT16, "fp16": cudnn.data_type.HALF}[shape.dtype]
         fp32 = cudnn.data_type.FLOAT
         target = {"handle": handle} if handle is not None else {"device_property": device_property}
@@ -160,15 +174,8 @@ class CudnnForward:
         batch, seqlen, heads, _ = q.shape
         out = torch.empty_like(q)
         stats = torch.empty(batch, heads, seqlen, 1, dtype=torch.float32, device=q.device)
-        workspace = torch.empty(max(self.graph.get_workspace_size(), 1), dtype=torch.uint8, device=q.device)
         tensors = {self.q: q, self.k: k, self.v: v, self.out: out, self.stats: stats}
-
-        def call() -> torch.Tensor:
-            self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
-            self.graph.execute(tensors, workspace, handle=self.handle)
-            return out
-
-        return call
+        return graph_call(self.graph, self.handle, tensors, out)
 
 
 def _cudnn() -> Peer:

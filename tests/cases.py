@@ -7,6 +7,7 @@ import torch
 from hopper_fa.accuracy import DTYPES as DTYPES
 from hopper_fa.accuracy import random_qkv, unfused_attention
 from hopper_fa.metrics import error_metrics
+from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.reference import attention_reference
 
 # Lengths that divide no tile, next to one key, and one more than many tiles.
@@ -17,6 +18,14 @@ LONG_SEQLENS = (4224,)
 INSTANCE_HEAD_DIMS = (64, 128, 256)
 PADDED_HEAD_DIMS = (8, 40, 72, 96, 112, 160, 192, 248)
 HEAD_DIMS = tuple(sorted(INSTANCE_HEAD_DIMS + PADDED_HEAD_DIMS))
+
+FP8_PRESETS = {
+    "default": Fp8Recipe.default(),
+    "accurate": Fp8Recipe.accurate(),
+    "causal_safe": Fp8Recipe.causal_safe(),
+    "fa3": Fp8Recipe.fa3(),
+    "fa3_paper": Fp8Recipe.fa3_paper(),
+}
 
 
 @dataclass(frozen=True)

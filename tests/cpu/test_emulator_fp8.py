@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cases import Case
+from cases import FP8_PRESETS, Case
 
 from hopper_fa import Fp8Recipe, attention_reference, error_metrics, quantize_qkv
 from hopper_fa.accuracy import random_qkv
@@ -16,20 +16,13 @@ from hopper_fa.tensor_core import HOPPER, Accumulator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PRESETS = {
-    "default": Fp8Recipe.default(),
-    "accurate": Fp8Recipe.accurate(),
-    "causal_safe": Fp8Recipe.causal_safe(),
-    "fa3": Fp8Recipe.fa3(),
-    "fa3_paper": Fp8Recipe.fa3_paper(),
-}
 # Every field at a value that no preset has.
 UNUSUAL = Fp8Recipe(
     q_granularity="tensor", k_granularity="token", v_granularity="tensor", smooth_q=True, smooth_k=True,
     p_offset=4.0, rescale_threshold=4.0, accumulation=2,
 )  # fmt: skip
 SMOOTH_Q = replace(UNUSUAL, k_granularity="block", qk_dtype="int8")
-RECIPES = PRESETS | {"unusual": UNUSUAL, "smooth_q": SMOOTH_Q}
+RECIPES = FP8_PRESETS | {"unusual": UNUSUAL, "smooth_q": SMOOTH_Q}
 CASES = [
     Case(seqlen_q=70, seqlen_k=300, head_dim=8),
     Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=130, seqlen_k=150, head_dim=40, causal=True),
@@ -149,10 +142,10 @@ def test_error_and_lse_against_float64(name: str, seed: int) -> None:
     assert (lse - kernel_lse).abs().max() < (1e-4 if RECIPES[name].row_sum == "fp32" else 0.02)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FP8_PRESETS)
 def test_tensor_core_sums_are_near_float32(name: str, seed: int) -> None:
     q, k, v = Case(heads_q=2, heads_kv=1, seqlen_q=70, seqlen_k=300, head_dim=72).qkv(torch.bfloat16, seed)
-    qkv = quantize_qkv(q, k, v, PRESETS[name])
+    qkv = quantize_qkv(q, k, v, FP8_PRESETS[name])
     results = [
         attention_fp8_emulated(qkv, 0.1, True, torch.float32, accumulator=sums)
         for sums in ("tensor_core", "auto", "fp32", HOPPER)
@@ -162,7 +155,7 @@ def test_tensor_core_sums_are_near_float32(name: str, seed: int) -> None:
         assert error_metrics(out, results[0][0])["relative_l2"] < 0.01
         assert (lse - results[0][1]).abs().nan_to_num(0.0).max() < 0.01
     assert torch.equal(results[0][0], results[3][0])
-    assert torch.equal(results[1][0], results[2][0]) == (PRESETS[name].accumulation == 1)
+    assert torch.equal(results[1][0], results[2][0]) == (FP8_PRESETS[name].accumulation == 1)
     with pytest.raises(ValueError, match="accumulator is 'fp22'"):
         attention_fp8_emulated(qkv, accumulator="fp22")
 
@@ -171,7 +164,7 @@ def test_tensor_core_sums_are_near_float32(name: str, seed: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_ones_average_to_one(seqlen_k: int, causal: bool, seed: int) -> None:
     q, k, _ = Case(seqlen_q=70, seqlen_k=seqlen_k, causal=causal).qkv(torch.bfloat16, seed)
-    for recipe in (*RECIPES.values(), replace(PRESETS["default"], smooth_v=False, compensate_v=False)):
+    for recipe in (*RECIPES.values(), replace(FP8_PRESETS["default"], smooth_v=False, compensate_v=False)):
         if recipe.row_sum == "product":
             out, lse = attention_fp8_emulated(quantize_qkv(q, k, torch.ones_like(k), recipe), causal=causal)
             seen = (lse != float("-inf")).transpose(1, 2)
@@ -185,10 +178,10 @@ def test_ones_show_the_rounding_of_p_in_a_float32_sum(seed: int) -> None:
     assert 2**-8 < (out - 1).abs().max() < 2**-4
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FP8_PRESETS)
 def test_one_hot_rows_return_their_value(name: str, seed: int) -> None:
     _, k, v = Case(seqlen_q=1, seqlen_k=200).qkv(torch.bfloat16, seed)
-    qkv = quantize_qkv(k, k, v, PRESETS[name])
+    qkv = quantize_qkv(k, k, v, FP8_PRESETS[name])
     out, lse = attention_fp8_emulated(qkv, 20.0)  # q_i . k_i is 64 above the others, give or take 30
     torch.testing.assert_close(out, qkv.dequantize()[2].bfloat16(), rtol=2**-7, atol=1e-6)
     assert (lse - attention_reference(k, k, v, 20.0)[1]).abs().max() < 0.05 * lse.abs().max()
@@ -200,7 +193,7 @@ def test_smoothing_removes_a_common_offset_of_keys(seed: int) -> None:
     want, _ = attention_reference(q, k, v)
     error = {}
     for smooth in (True, False):
-        recipe = replace(PRESETS["default"], smooth_k=smooth)
+        recipe = replace(FP8_PRESETS["default"], smooth_k=smooth)
         for name, keys in (("plain", k), ("moved", moved)):
             out, _ = attention_fp8_emulated(quantize_qkv(q, keys, v, recipe))
             error[smooth, name] = error_metrics(out, want)["relative_l2"]
@@ -213,7 +206,7 @@ def test_rotation_tames_outliers(seed: int) -> None:
     want, _ = attention_reference(q, k, v)
     rmse = {
         name: error_metrics(attention_fp8_emulated(quantize_qkv(q, k, v, recipe))[0], want)["rmse"]
-        for name, recipe in PRESETS.items()
+        for name, recipe in FP8_PRESETS.items()
     }
     assert rmse["accurate"] < 0.8 * rmse["fa3"] and rmse["default"] < 0.8 * rmse["fa3"]
 

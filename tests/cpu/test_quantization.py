@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from cases import Case
+from cases import FP8_PRESETS, Case
 
 from hopper_fa import Fp8Recipe, attention_reference, quantize_qkv
 from hopper_fa.emulator_fp8 import attention_dequantized
@@ -17,13 +17,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 E4M3 = torch.float8_e4m3fn
 PLAIN = Fp8Recipe()  # no rotation, no smoothing
-PRESETS = {
-    "default": Fp8Recipe.default(),
-    "accurate": Fp8Recipe.accurate(),
-    "causal_safe": Fp8Recipe.causal_safe(),
-    "fa3": Fp8Recipe.fa3(),
-    "fa3_paper": Fp8Recipe.fa3_paper(),
-}
 GQA = Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=150, seqlen_k=270, head_dim=72)
 
 
@@ -37,7 +30,7 @@ def e4m3_values() -> list[float]:
 
 
 def test_presets_say_what_they_leak() -> None:
-    assert {name for name, recipe in PRESETS.items() if not recipe.leaks_future} == {"causal_safe"}
+    assert {name for name, recipe in FP8_PRESETS.items() if not recipe.leaks_future} == {"causal_safe"}
     safe = Fp8Recipe.causal_safe()
     for field in ("smooth_k", "smooth_q", "smooth_v", "compensate_v"):
         assert replace(safe, **{field: True}).leaks_future
@@ -79,10 +72,10 @@ def test_recipe_refuses(field: str, value: object) -> None:
     Fp8Recipe(p_offset=8.0, rescale_threshold=0.8)  # 448 = 2**8.807
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FP8_PRESETS)
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 248])
 def test_layout(name: str, head_dim: int, seed: int) -> None:
-    recipe = PRESETS[name]
+    recipe = FP8_PRESETS[name]
     case = replace(GQA, head_dim=head_dim)
     q, k, v = case.qkv(torch.bfloat16, seed)
     x = quantize_qkv(q, k, v, recipe)
@@ -317,20 +310,20 @@ def test_int8_says_nan_in_the_scale() -> None:
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-38, 1e-31])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", FP8_PRESETS)
 def test_a_head_of_zeros(name: str, tiny: float, seed: int) -> None:
     q, k, v = GQA.qkv(torch.float32, seed)
     q[:, :, 1], k[:, :, 1], v[:, :, 1] = tiny, tiny, tiny
-    x = quantize_qkv(q, k, v, PRESETS[name])
+    x = quantize_qkv(q, k, v, FP8_PRESETS[name])
     for scale in (x.q_scale, x.k_scale, x.v_scale):
         assert scale.isfinite().all() and (scale > 0).all()
     assert (x.v_codes()[:, :, 1].float() == 0).all()
-    if PRESETS[name].q_granularity != "group":  # else the scale is the other head's
+    if FP8_PRESETS[name].q_granularity != "group":  # else the scale is the other head's
         assert (x.q[:, :, 1].float() == 0).all() and (x.q_scale[:, 1] == 1).all()
 
 
 def test_empty_sequences(seed: int) -> None:
-    for recipe in (*PRESETS.values(), replace(PLAIN, smooth_q=True, v_granularity="tensor")):
+    for recipe in (*FP8_PRESETS.values(), replace(PLAIN, smooth_q=True, v_granularity="tensor")):
         q, k, v = replace(GQA, seqlen_k=0).qkv(torch.bfloat16, seed)
         x = quantize_qkv(q, k, v, recipe)
         assert x.k.shape == (2, 0, 2, 80) and x.v.shape == (2, 2, 136, 0)
