@@ -18,26 +18,11 @@ import torch
 
 from hopper_fa import kernels
 from hopper_fa.info import machine_info
-from hopper_fa.tensor_core import Accumulator
+from hopper_fa.tensor_core import PROBE_INPUTS, Accumulator, probe_operands
 
-INPUTS = ("normal", "positive", "wide", "one_large")
 LENGTHS = (32, 128, 1024)
 FRACTION_BITS = (11, 12, 13, 14, 15, 23)
 GROUPS = (8, 16, 32)
-
-
-def operands(name: str, k: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """a (1, 64, k) and b (1, 8, k) in e4m3."""
-    a = torch.randn((1, 64, k), generator=generator, device="cuda")
-    b = torch.randn((1, 8, k), generator=generator, device="cuda")
-    if name == "positive":
-        a, b = 64 * a.abs(), b.abs() + 1
-    elif name == "wide":
-        spread = torch.randn((1, 64, k), generator=generator, device="cuda")
-        a = a * (6 * spread).clamp(-9, 7).exp2()
-    elif name == "one_large":
-        a[..., 0], b[..., 0] = 448.0, 448.0
-    return a.clamp(-448, 448).to(torch.float8_e4m3fn), b.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def long_sums() -> list[dict[str, float]]:
@@ -45,9 +30,9 @@ def long_sums() -> list[dict[str, float]]:
     rows = []
     generator = torch.Generator("cuda").manual_seed(1)
     for k in (512, 4096, 32768, 131072):
-        a, b = operands("positive", k, generator)
+        a, b, c = probe_operands("positive", 1, k, generator)
         exact = a.double() @ b.double().transpose(1, 2)
-        measured = kernels.accumulator_probe(a, b, torch.zeros(1, 64, 8, device="cuda"))
+        measured = kernels.accumulator_probe(a, b, c)
         rows.append({"k": k, "relative_error": ((measured - exact) / exact).mean().item()})
     return rows
 
@@ -59,18 +44,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of accumulator_probe.json")
     options = parser.parse_args()
     generator = torch.Generator("cuda").manual_seed(0)
-    problems = {(name, k): operands(name, k, generator) for name in INPUTS for k in LENGTHS}
-    zero = torch.zeros(1, 64, 8, device="cuda")
-    measured = {key: kernels.accumulator_probe(a, b, zero) for key, (a, b) in problems.items()}
+    problems = {(name, k): probe_operands(name, 1, k, generator) for name in PROBE_INPUTS for k in LENGTHS}
+    measured = {key: kernels.accumulator_probe(a, b, c) for key, (a, b, c) in problems.items()}
     rows = []
     for bits, group, joins in itertools.product(FRACTION_BITS, GROUPS, (True, False)):
         model = Accumulator(bits, group, joins)
         differ = {
-            f"{name} {k}": (model.matmul_add(a.float(), b.float().transpose(1, 2), zero) != measured[name, k])
+            f"{name} {k}": (model.matmul_add(a.float(), b.float().transpose(1, 2), c) != measured[name, k])
             .float()
             .mean()
             .item()
-            for (name, k), (a, b) in problems.items()
+            for (name, k), (a, b, c) in problems.items()
         }
         rows.append({"fraction_bits": bits, "group": group, "joins_alignment": joins, "differ": differ})
     rows.sort(key=lambda row: sum(row["differ"].values()))

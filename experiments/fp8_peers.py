@@ -27,7 +27,8 @@ def _quantize(t: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (t.float() / descale).to(torch.float8_e4m3fn), descale
 
 
-def _ours(name: str, recipe: Fp8Recipe, variant: str = "fp8") -> Peer:
+def fp8_peer(name: str, recipe: Fp8Recipe, variant: str = "fp8") -> Peer:
+    """Our kernel on tensors quantised beforehand by `recipe`, on one row of the tile table."""
     if not kernels.HAS_FP8:
         raise RuntimeError("this build of hopper_fa holds no FP8 kernel")
 
@@ -148,8 +149,8 @@ def _ours_16_bit() -> Peer:
 
 
 BUILDERS: dict[str, Callable[[], Peer]] = {
-    "hopper_fa": lambda: _ours("hopper_fa", Fp8Recipe.default()),
-    "hopper_fa_e4m3": lambda: _ours("hopper_fa_e4m3", replace(Fp8Recipe.default(), qk_dtype="e4m3")),
+    "hopper_fa": lambda: fp8_peer("hopper_fa", Fp8Recipe.default()),
+    "hopper_fa_e4m3": lambda: fp8_peer("hopper_fa_e4m3", replace(Fp8Recipe.default(), qk_dtype="e4m3")),
     "hopper_fa_bf16": _ours_16_bit,
     "fa2": _fa2,
     "fa3": _fa3,
@@ -167,7 +168,7 @@ def find_fp8_peers(names: Iterable[str], variants: Iterable[str] = ()) -> tuple[
         for kind, dtype in (("hopper_fa", "e4m3"), ("hopper_fa_int8", "int8")):
             recipe = replace(Fp8Recipe.default(), qk_dtype=dtype)
             name = f"{kind}:{variant}"
-            builders[name] = lambda n=name, r=recipe, v=variant: _ours(n, r, v)
+            builders[name] = lambda n=name, r=recipe, v=variant: fp8_peer(n, r, v)
     for name, builder in builders.items():
         try:
             found.append(builder())

@@ -5,6 +5,9 @@
 
 namespace hopper_fa {
 
+// Of this thread's first row in the warpgroup's 64; its second is 8 further.
+__device__ __forceinline__ int row_in_tile() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+
 // 4 x 4 transpose across a quad: lane t passes word j to lane j and ends with word t of lanes 0, 1, 2, 3.
 __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
   bool const upper = threadIdx.x & 2, odd = threadIdx.x & 1;
@@ -27,7 +30,7 @@ struct OutputRows {
   int exist;  // 0, 1 or 2 of them are inside the sequence
 
   __device__ __forceinline__ OutputRows(ForwardArguments const& args, Tile const& tile, int first_row) {
-    int const row = first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    int const row = first_row + row_in_tile();
     out = static_cast<uint16_t*>(args.out) + tile.batch * args.out_batch_stride +
           tile.head * args.out_head_stride + row * args.out_row_stride;
     lse = args.lse + static_cast<int64_t>(tile.batch * args.scheduler.heads_q + tile.head) * args.seqlen_q +
@@ -39,24 +42,43 @@ struct OutputRows {
 // 8-bit inputs: the affine map that takes a column of sum(P V) / sum(P) back to what V was before
 // quantisation.
 struct Dequantisation {
-  float const *scale, *mean;  // of the head's column 0
-  float const* lse_shift;     // of the first row; may be null
+  float const *scale, *mean;  // of the head's first column for this thread
+  int head_dim;
+  float lse_shift[2] = {0, 0};  // of this thread's rows, times softmax_scale
 
-  __device__ __forceinline__ Dequantisation(ForwardArguments const& args, Tile const& tile, int first_row) {
+  // Two columns of this thread in each of four octets.
+  struct Columns {
+    float2 scale[4], mean[4];
+  };
+
+  __device__ __forceinline__ Dequantisation(ForwardArguments const& args, Tile const& tile, int first_row,
+                                            int rows_exist)
+      : head_dim(args.head_dim) {
     int const heads_kv = args.scheduler.heads_q / args.q_heads_per_kv;
-    int64_t const head = int64_t(tile.batch) * heads_kv + tile.head / args.q_heads_per_kv;
-    scale = args.fp8.v_scale + head * args.head_dim;
-    mean = args.fp8.v_mean + head * args.head_dim;
-    int64_t const q_head = int64_t(tile.batch) * args.scheduler.heads_q + tile.head;
-    lse_shift = args.fp8.lse_shift ? args.fp8.lse_shift + q_head * args.seqlen_q + first_row : nullptr;
+    int const head = tile.batch * heads_kv + tile.head / args.q_heads_per_kv;
+    int64_t const column = int64_t(head) * head_dim + threadIdx.x % 4 * 2;
+    scale = args.fp8.v_scale + column;
+    mean = args.fp8.v_mean + column;
+    if (args.fp8.lse_shift) {
+      int64_t const q_head = int64_t(tile.batch) * args.scheduler.heads_q + tile.head;
+      float const* const shift = args.fp8.lse_shift + q_head * args.seqlen_q + first_row + row_in_tile();
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r)
+        if (r < rows_exist) lse_shift[r] = args.softmax_scale * __ldg(shift + 8 * r);
+    }
   }
 
-  // Columns `column` and `column` + 1, both of them inside the head dim. weight: 0 for a row that saw no key.
-  template <class Pair>
-  __device__ __forceinline__ void apply(Pair& pair, int column, float weight) const {
-    float2 const s = __ldg(reinterpret_cast<float2 const*>(scale + column));
-    float2 const m = __ldg(reinterpret_cast<float2 const*>(mean + column));
-    pair[0] = fmaf(pair[0], s.x, m.x * weight), pair[1] = fmaf(pair[1], s.y, m.y * weight);
+  // NOTE: octets beyond the head dim load its last one and are not stored: without a branch the loads are in
+  // flight together, which is what the epilogue's time hangs on.
+  __device__ __forceinline__ Columns load(int octet) const {
+    Columns columns;
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      int const column = min(8 * (octet + j), head_dim - 8);
+      columns.scale[j] = __ldg(reinterpret_cast<float2 const*>(scale + column));
+      columns.mean[j] = __ldg(reinterpret_cast<float2 const*>(mean + column));
+    }
+    return columns;
   }
 };
 
@@ -79,46 +101,65 @@ __device__ __forceinline__ uint32_t round_output(ForwardArguments const& args,
   }
 }
 
+// Four column octets of row r, each lane of the quad one whole octet, 16 bytes: columns(octet's number among
+// the four) are this thread's two of it.
+template <class Traits, class Columns>
+__device__ __forceinline__ void store_octets(ForwardArguments const& args, OutputRows const& rows, int r,
+                                             int octet, Columns columns) {
+  uint32_t words[4];
+  CUTE_UNROLL
+  for (int j = 0; j < 4; ++j) words[j] = round_output<Traits>(args, columns(j));
+  quad_transpose(words);
+  int const column = 8 * (octet + threadIdx.x % 4);
+  if (r < rows.exist && column < args.head_dim)
+    *reinterpret_cast<uint4*>(rows.out + 8 * r * args.out_row_stride + column) =
+        make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Rows [first_row, first_row + 64) of one head: out = output * factor in 16 bits, and their LSE.
 template <class Traits, class Output>
 __device__ __forceinline__ void store_output(ForwardArguments const& args, Tile const& tile, int first_row,
                                              Output const& output, float const (&factor)[2],
                                              float const (&lse)[2]) {
   OutputRows const rows(args, tile, first_row);
-  Dequantisation const dequantisation(args, tile, first_row);
-  int const in_quad = threadIdx.x % 4;
-  CUTE_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    uint16_t* const out = rows.out + 8 * r * args.out_row_stride;
-    // Four column octets at a time: each lane of the quad ends with one whole octet, 16 bytes.
+  constexpr int kOctets = Traits::kHeadDim / 8;
+  float shift[2] = {0, 0};
+  if constexpr (Traits::kFp8) {
+    Dequantisation const dequantisation(args, tile, first_row, rows.exist);
+    typename Dequantisation::Columns next = dequantisation.load(0);
     CUTE_UNROLL
-    for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
-      uint32_t words[4];
+    for (int octet = 0; octet < kOctets; octet += 4) {
+      auto const columns = next;
+      if (octet + 4 < kOctets) next = dequantisation.load(octet + 4);
       CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        cutlass::Array<float, 2> pair;
-        int const i = 4 * (octet + j) + 2 * r;
-        pair[0] = output(i) * factor[r], pair[1] = output(i + 1) * factor[r];
-        if constexpr (Traits::kFp8) {
-          if (8 * (octet + j) < args.head_dim)
-            dequantisation.apply(pair, 8 * (octet + j) + 2 * in_quad, lse[r] == -INFINITY ? 0.f : 1.f);
-        }
-        words[j] = round_output<Traits>(args, pair);
+      for (int r = 0; r < 2; ++r) {
+        float const weight = lse[r] == -INFINITY ? 0.f : 1.f;  // of a row that saw no key: 0
+        store_octets<Traits>(args, rows, r, octet, [&](int j) {
+          cutlass::Array<float, 2> pair;
+          int const i = 4 * (octet + j) + 2 * r;
+          pair[0] = fmaf(output(i) * factor[r], columns.scale[j].x, columns.mean[j].x * weight);
+          pair[1] = fmaf(output(i + 1) * factor[r], columns.scale[j].y, columns.mean[j].y * weight);
+          return pair;
+        });
       }
-      quad_transpose(words);
-      int const column = 8 * (octet + in_quad);
-      if (r < rows.exist && column < args.head_dim)
-        *reinterpret_cast<uint4*>(out + column) = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    if (r < rows.exist && in_quad == 0) {
-      rows.lse[8 * r] = lse[r];
-      if constexpr (Traits::kFp8) {
-        int const row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
-        if (dequantisation.lse_shift && lse[r] != -INFINITY)
-          rows.lse[8 * r] = lse[r] + args.softmax_scale * __ldg(dequantisation.lse_shift + row);
-      }
+    shift[0] = dequantisation.lse_shift[0], shift[1] = dequantisation.lse_shift[1];
+  } else {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      CUTE_UNROLL
+      for (int octet = 0; octet < kOctets; octet += 4)
+        store_octets<Traits>(args, rows, r, octet, [&](int j) {
+          cutlass::Array<float, 2> pair;
+          int const i = 4 * (octet + j) + 2 * r;
+          pair[0] = output(i) * factor[r], pair[1] = output(i + 1) * factor[r];
+          return pair;
+        });
     }
   }
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r)
+    if (r < rows.exist && threadIdx.x % 4 == 0) rows.lse[8 * r] = Traits::kFp8 ? lse[r] + shift[r] : lse[r];
 }
 
 // The same for rows that see no key: zeros and -inf.

@@ -217,10 +217,10 @@ class Mainloop {
   }
 
   // t: 8 bit: gets the product of one block, or a part of its columns. A fresh one for every product, so that
-  // it needs no registers before.
-  template <int kPart = 0>
+  // it needs no registers before. kWait: the V block may not have landed yet.
+  template <int kPart = 0, bool kWait = kPart == 0>
   __device__ __forceinline__ void issue_pv(Temporary& t) {
-    if (kPart == 0) wait_block();
+    if constexpr (kWait) wait_block();
     typename Traits::template MmaPV<kPart> mma;
     if constexpr (kFp8) {
       auto part = make_tensor(t.data(), PartOfOutput<kPart>{}.layout());
@@ -293,17 +293,21 @@ class Mainloop {
       refill(range.end - 1 - n + skipped);
       wait_block();
       issue_product(typename Traits::MmaQK{}, q_operand(), k_operand(), s, false);
-      wait_product<0>(s);
       baton_.pass();
+      wait_product<0>(s);
       release_block();
       if (n == 0 && !kTile.q_in_registers) release_q();
       Tensor p = prepare_scores(s, n, range, first_row(tile));
       bool const rescale = step(softmax_, p, block_scale, alpha);
       accept(p, alpha);
       if (!kFp8 && rescale && accumulate_) scale_rows(output_, alpha);
+      // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
+      // of the softmax moves below the baton, under which it would hold everybody up.
+      warpgroup_fence_operand(p_);
+      wait_block();
       baton_.take();
       Temporary t;
-      issue_pv(t);
+      issue_pv<0, false>(t);
       finish_pv(t);
       if constexpr (Traits::kParts == 2) {
         Temporary last;

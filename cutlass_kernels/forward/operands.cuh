@@ -7,9 +7,6 @@
 
 namespace hopper_fa {
 
-// Of this thread's first row in the warpgroup's 64; its second is 8 further.
-__device__ __forceinline__ int row_in_tile() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
-
 // A operand of QK: a warpgroup's Q in its stage.
 template <class Traits>
 __device__ __forceinline__ auto q_fragment(typename Traits::Element const* stage) {
