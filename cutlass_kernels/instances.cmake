@@ -5,19 +5,33 @@ set(HOPPER_FA_FORWARD_INSTANCES
     "bf16|256|default"
     "fp16|64|default"
     "fp16|128|default"
-    "fp16|256|default")
-
-# Built only with -DHOPPER_FA_EXPERIMENTS=ON.
-set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
+    "fp16|256|default"
     "e4m3|64|fp8"
     "e4m3|128|fp8"
     "e4m3|256|fp8"
     "int8|64|fp8"
     "int8|128|fp8"
-    "int8|256|fp8"
-    "e4m3|128|fp8_parts"
-    "e4m3|256|fp8_two_q"
-    "bf16|64|pdl_tma_store")
+    "int8|256|fp8")
 
-# Quantisation, by input type; with -DHOPPER_FA_EXPERIMENTS=ON only, until they have run on a GPU.
-set(HOPPER_FA_QUANTIZE_EXPERIMENT_INSTANCES "bf16" "fp16" "e4m3")
+# Built only with -DHOPPER_FA_EXPERIMENTS=ON.
+set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
+    "bf16|128|no_warp_specialisation"
+    "bf16|128|no_ping_pong"
+    "bf16|128|no_overlap"
+    "bf16|128|one_q_stage"
+    "bf16|128|wide"
+    "bf16|256|wide"
+    "bf16|64|eager_rescale"
+    "bf16|128|eager_rescale"
+    "bf16|64|fma_exp2"
+    "bf16|64|early_pass"
+    "bf16|64|plain_store"
+    "bf16|128|tma_store"
+    "e4m3|64|fp8_no_ping_pong"
+    "e4m3|128|fp8_no_ping_pong"
+    "e4m3|256|fp8_no_ping_pong"
+    "e4m3|128|fp8_overlap"
+    "e4m3|256|fp8_two_q")
+
+# Quantisation, by input type.
+set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")

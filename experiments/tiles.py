@@ -15,8 +15,6 @@ from hopper_fa.reference import attention_reference
 # Rounding P and O costs a row 3e-3 (bf16) or 4e-4 (fp16) in relative L2; the worst of many rows, more.
 MAX_ROW_ERROR = {"bf16": 2e-2, "fp16": 3e-3}
 
-NEW_PARTS = ("dependent_launch", "tma_store", "q_in_registers")  # columns of the tile table
-
 BUILD_HINT = (
     "build the experiment instances with "
     "`pip install . -C cmake.define.HOPPER_FA_EXPERIMENTS=ON` (instances.cmake lists them)"
@@ -32,18 +30,12 @@ def built_tiles(head_dim: int, dtype: str) -> dict[str, dict]:
     }
 
 
-def unmeasured(tile: dict) -> bool:
-    """Whether a variant has a part that no GPU has run yet: forward_tiles.py alone survives its hanging."""
-    return tile["cluster"] > 1 or any(tile[name] for name in NEW_PARTS)
-
-
 def describe(tile: dict) -> str:
     """A tile in one line: rows x keys x stages, what is switched on, octets of exp2 on the FP32 pipe."""
     parts = [f"{tile['block_m']}x{tile['block_n']}x{tile['kv_stages']}"]
     parts += ["specialised"] if tile["warp_specialised"] else []
     parts += ["overlap"] if tile["overlap"] else []
-    parts += [f"cluster of {tile['cluster']}"] if tile["cluster"] > 1 else []
-    parts += [name for name in NEW_PARTS if tile[name]]
+    parts += ["TMA store"] if tile["tma_store"] else []
     parts += [f"ping-pong {tile['ping_pong']}", f"fma {tile['fma_exp2_octets']}"]
     return ", ".join(parts)
 

@@ -86,7 +86,7 @@ def _built_instances() -> dict[tuple[torch.dtype, int, str], tuple[int, int]]:
 
 
 _INSTANCES = _built_instances()
-HAS_FP8 = any(dtype in FP8_DTYPE_NAMES for dtype, _, _ in _INSTANCES)  # experiment builds
+HAS_FP8 = any(dtype in FP8_DTYPE_NAMES for dtype, _, _ in _INSTANCES)
 
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle, another stream in every thread

@@ -51,10 +51,7 @@ py::dict tile_dict(int index) {
   d["rescale_threshold"] = t.rescale_threshold;
   d["element_bytes"] = t.element_bytes;
   d["pv_parts"] = t.pv_parts;
-  d["cluster"] = t.cluster;
-  d["dependent_launch"] = t.dependent_launch;
   d["tma_store"] = t.tma_store;
-  d["q_in_registers"] = t.q_in_registers;
   d["shared_memory"] = forward_shared_memory(t);
   return d;
 }

@@ -1,9 +1,8 @@
 // Hands tiles to the warpgroups of a CTA: one warp draws them from a counter in global memory, all the others
-// read them from shared memory, one tile ahead. A cluster of kCtas draws once for all: the warp is of rank 0,
-// and each CTA reads a queue of its own.
+// read them from shared memory, one tile ahead.
 #pragma once
 
-#include "common/cluster.cuh"
+#include "common/pipeline.cuh"
 #include "common/tile_scheduler.h"
 
 namespace hopper_fa {
@@ -21,7 +20,6 @@ __device__ __forceinline__ void init_tile_queue(TileQueueStorage& storage, int r
 }
 
 // One whole warp of the CTA. workspace: [0] tiles drawn beyond each CTA's first, [1] CTAs that have run out.
-template <int kCtas>
 class TileWriter {
   TileQueueStorage& storage_;
   TileScheduler const& scheduler_;
@@ -34,24 +32,25 @@ class TileWriter {
     cursor_.phase = 1;
   }
 
-  // A launch has no more CTAs (clusters) than tiles.
-  __device__ __forceinline__ int first() const { return blockIdx.x / kCtas; }
+  __device__ __forceinline__ int first() const { return blockIdx.x; }  // a launch has no more CTAs than tiles
 
   // The next tile, -1 if there is none: known to lane 0 until everyone() has it. Start it well before the
   // tile is needed: the atomic takes about a microsecond.
   __device__ __forceinline__ int draw() const {
-    int const index = threadIdx.x % 32 == 0 ? gridDim.x / kCtas + atomicAdd(&workspace_[0], 1) : 0;
+    int const index = threadIdx.x % 32 == 0 ? gridDim.x + atomicAdd(&workspace_[0], 1) : 0;
     return index < scheduler_.num_tiles ? index : -1;
   }
   static __device__ __forceinline__ int everyone(int drawn) { return __shfl_sync(~0u, drawn, 0); }
 
-  // Returns the tile that the readers of this CTA get, rank 0 of a cluster's; index -1 ends their work.
+  // Returns the tile that the readers get; index -1 ends their work.
   // NOTE: decoded here, because the divisions take half a microsecond, which nobody waits for on this side.
   __device__ __forceinline__ Tile publish(int index) {
-    Tile tile = index >= 0 ? scheduler_.get(index) : Tile{-1, 0, 0};
+    Tile const tile = index >= 0 ? scheduler_.get(index) : Tile{-1, 0, 0};
     EmptyBarrier::wait(&storage_.empty[cursor_.slot], cursor_.phase);
-    if (kCtas > 1 && index >= 0) tile.m_block *= kCtas;  // the scheduler counts the cluster's tiles as one
-    if (threadIdx.x % 32 < kCtas) put(tile, threadIdx.x % 32);
+    if (threadIdx.x % 32 == 0) {
+      storage_.tile[cursor_.slot] = tile;
+      EmptyBarrier::arrive(&storage_.full[cursor_.slot]);
+    }
     __syncwarp();
     cursor_.advance();
     return tile;
@@ -61,26 +60,11 @@ class TileWriter {
   __device__ __forceinline__ void finish() const {
     if (threadIdx.x % 32 != 0) return;
     __threadfence();
-    if (atomicAdd(&workspace_[1], 1) == gridDim.x / kCtas - 1) workspace_[0] = 0, workspace_[1] = 0;
-  }
-
- private:
-  // Into the queue of the CTA of that rank.
-  __device__ __forceinline__ void put(Tile const& tile, int rank) {
-    Tile& slot = storage_.tile[cursor_.slot];
-    uint64_t* const full = &storage_.full[cursor_.slot];
-    if constexpr (kCtas == 1) {
-      slot = tile;
-      EmptyBarrier::arrive(full);
-    } else {
-      int const m_block = tile.m_block < 0 ? -1 : tile.m_block + rank;
-      send({m_block, tile.head, tile.batch}, &slot.m_block, full, rank);
-    }
+    if (atomicAdd(&workspace_[1], 1) == gridDim.x - 1) workspace_[0] = 0, workspace_[1] = 0;
   }
 };
 
-// All threads of a warp: a computing one, or the loading one of a CTA that is not rank 0.
-template <int kCtas>
+// All threads of the computing warps.
 class TileReader {
   TileQueueStorage& storage_;
   RingCursor<2> cursor_;
@@ -93,7 +77,7 @@ class TileReader {
     EmptyBarrier::wait(&storage_.full[cursor_.slot], cursor_.phase);
     tile = storage_.tile[cursor_.slot];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive<kCtas>(&storage_.empty[cursor_.slot], 0);
+    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&storage_.empty[cursor_.slot]);
     cursor_.advance();
     // Through shuffles, so that the compiler knows that all lanes have the same.
     tile = {__shfl_sync(~0u, tile.m_block, 0), __shfl_sync(~0u, tile.head, 0),

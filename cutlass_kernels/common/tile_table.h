@@ -26,17 +26,19 @@ struct ForwardTile {
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its columns
   // one after the other, and is added to O in FP32. 0: P V accumulates in O itself.
   int pv_parts = 0;
-  int cluster = 1;                // CTAs that take neighbouring tiles of a head and share their K and V loads
-  bool dependent_launch = false;  // the next launch of the stream may start under the end of this one
-  bool tma_store = false;         // the output leaves through the tile's Q stage and TMA
-  bool q_in_registers = false;    // Q is copied to registers once a tile, and its stage is free at once
+  bool tma_store = false;  // the output leaves through the tile's Q stage and TMA
 };
 
 constexpr ForwardTile kForwardTiles[] = {
     // variant, d, M, N, Q stages, K/V stages, regs, ping-pong, overlap, fma_exp2_octets, threshold
-    {"default", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
+    // and, where they are not 16-bit inputs' and the plain output's: element bytes, PV parts, TMA store
+    {"default", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
     {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
+    // 8-bit inputs.
+    {"fp8", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1},
+    {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
+    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
     // One switch at a time off, beside the default of the same head dim (experiments/forward_ablation.py).
     {"no_warp_specialisation", 128, 128, 128, 2, 5, 0, 0, PingPong::kAfterPV, true, 0, 8.0f},
     {"no_ping_pong", 128, 128, 128, 2, 5, 24, 240, PingPong::kNever, true, 0, 8.0f},
@@ -48,30 +50,14 @@ constexpr ForwardTile kForwardTiles[] = {
     {"eager_rescale", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, -1.0f},
     {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, -1.0f},
     {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
-    // 8-bit inputs; the last columns: element bytes, PV parts.
-    {"fp8", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1},
-    {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
-    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
-    {"fp8_parts", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1},
-    {"fp8_two_q", 256, 128, 128, 2, 4, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
-    // Not measured yet; the last columns: element bytes, PV parts, cluster, dependent launch, TMA store, Q in
-    // registers.
-    {"cluster", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2},
-    {"cluster", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2},
-    {"pdl", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true},
-    {"pdl", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true},
-    {"tma_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, true},
-    {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, true},
-    {"q_registers", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, false,
-     true},
-    {"q_registers_6", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, false, false,
-     true},
-    {"cluster_q_registers", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2, false,
-     false, true},
-    {"cluster_wide", 128, 128, 192, 1, 4, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 2},
-    {"pdl_tma_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true, true},
-    {"pdl_tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, 1, true, true},
+    {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
+    {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
+    {"fp8_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1},
+    {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 2},
+    {"fp8_no_ping_pong", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 2},
+    {"fp8_overlap", 128, 128, 128, 2, 10, 24, 240, PingPong::kAfterQK, true, 0, 0.0f, 1, 1},
+    {"fp8_two_q", 256, 128, 128, 2, 4, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

@@ -16,7 +16,7 @@ namespace hopper_fa {
 
 template <class Traits>
 __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& shared, int warpgroups) {
-  constexpr int kWarps = 4, kCluster = Traits::kCluster;
+  constexpr int kWarps = 4;
   for (int i = 0; i < Traits::kQStages; ++i)
     for (int wg = 0; wg < Traits::kWarpgroups; ++wg) {
       FullBarrier::init(&shared.q_full[i][wg], 1);
@@ -24,25 +24,10 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     }
   for (int i = 0; i < Traits::kStages; ++i) {
     FullBarrier::init(&shared.kv_full[i], 1);
-    EmptyBarrier::init(&shared.kv_empty[i], kCluster * kWarps * warpgroups);
+    EmptyBarrier::init(&shared.kv_empty[i], kWarps * warpgroups);
   }
-  // Its readers: the computing warps of all CTAs, and the loading warps of those that draw no tiles.
-  init_tile_queue(shared.tiles, kCluster * kWarps * warpgroups + kCluster - 1);
+  init_tile_queue(shared.tiles, kWarps * warpgroups);
   cutlass::arch::fence_barrier_init();
-}
-
-// Programmatic dependent launch: what the launch before wrote, and that it has read what this one overwrites
-// (the workspace too), is certain only after wait_for_last_launch; until then nothing of global memory may be
-// touched.
-template <class Traits>
-__device__ __forceinline__ void wait_for_last_launch() {
-  if constexpr (Traits::kTile.dependent_launch) asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// The next launch may begin as soon as every CTA has come here, and its CTAs once these leave them room.
-template <class Traits>
-__device__ __forceinline__ void start_next_launch() {
-  if constexpr (Traits::kTile.dependent_launch) asm volatile("griddepcontrol.launch_dependents;");
 }
 
 template <class Traits, class StartTile, class Refill, class LastLoads>
@@ -50,7 +35,7 @@ __device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& 
                                               typename Traits::SharedStorage& shared, int warpgroup,
                                               StartTile start_tile, Refill refill, LastLoads last_loads) {
   Mainloop<Traits> mainloop(args, shared, warpgroup);
-  TileReader<Traits::kCluster> reader(shared.tiles);
+  TileReader reader(shared.tiles);
   for (Tile tile; reader.next(tile);) {
     start_tile(tile);
     mainloop.run(tile, refill);
@@ -65,39 +50,26 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(
       (reinterpret_cast<uintptr_t>(shared_bytes) + 1023) / 1024 * 1024);
-  constexpr int kCluster = Traits::kCluster;
   // NOTE: through a shuffle, so that the compiler knows the warp's role is uniform.
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) init_barriers<Traits>(shared, args.warpgroups);
-  sync_ctas<kCluster>();
-  wait_for_last_launch<Traits>();
+  __syncthreads();
 
   if constexpr (Traits::kSpecialised) {
     if (warp < 4) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
       if (warp == 0) {
         Loader<Traits> loader(args, shared);
-        if (cluster_rank<kCluster>() == 0) {
-          TileWriter<kCluster> writer(shared.tiles, args.scheduler, args.workspace);
-          for (int index = writer.first(); index >= 0;) {
-            int const drawn = writer.draw();
-            int const turns = loader.start_tile(writer.publish(index));
-            for (int turn = 0; turn < turns; ++turn) loader.load_turn(turn);
-            index = writer.everyone(drawn);
-          }
-          writer.publish(-1);
-          start_next_launch<Traits>();
-          loader.flush();
-          writer.finish();
-        } else {
-          TileReader<kCluster> reader(shared.tiles);
-          for (Tile tile; reader.next(tile);) {
-            int const turns = loader.start_tile(tile);
-            for (int turn = 0; turn < turns; ++turn) loader.load_turn(turn);
-          }
-          start_next_launch<Traits>();
-          loader.flush();
+        TileWriter writer(shared.tiles, args.scheduler, args.workspace);
+        for (int index = writer.first(); index >= 0;) {
+          int const drawn = writer.draw();
+          int const turns = loader.start_tile(writer.publish(index));
+          for (int turn = 0; turn < turns; ++turn) loader.load_turn(turn);
+          index = writer.everyone(drawn);
         }
+        writer.publish(-1);
+        loader.flush();
+        writer.finish();
       }
     } else {
       cutlass::arch::warpgroup_reg_alloc<Traits::kTile.consumer_registers>();
@@ -105,15 +77,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       if (warpgroup < args.warpgroups)
         compute_tiles<Traits>(args, shared, warpgroup, [](Tile const&) {}, [](int) {}, [] {});
     }
-    // The others' loads into this CTA have landed by now, but not all of their arrivals here have.
-    if constexpr (kCluster > 1) sync_ctas<kCluster>();
   } else {
     // The ablation: warp 0 computes like the others and issues the loads between its turns.
     int const warpgroup = warp / 4;
     if (warpgroup >= args.warpgroups) return;
     constexpr int kAhead = Traits::kStages / 2;  // turns the ring holds
     Loader<Traits> loader(args, shared);
-    TileWriter<1> writer(shared.tiles, args.scheduler, args.workspace);
+    TileWriter writer(shared.tiles, args.scheduler, args.workspace);
     int turns = 0;
     if (warp == 0) writer.publish(writer.first());
     auto const start_tile = [&](Tile const& tile) {

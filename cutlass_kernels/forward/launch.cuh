@@ -21,8 +21,8 @@ Status encode_v_map(CUtensorMap& map, ForwardParams const& p) {
                              Traits::kSlabColumns, Traits::kBlockN);
 }
 
-// How many CTAs of the kernel, or clusters of CTAs, the device holds at a time; 0 if the runtime refuses
-// them. The first call on a device asks the runtime, and sets the kernel's limit of shared memory.
+// How many CTAs of the kernel the device holds at a time; 0 if the runtime refuses them. The first call on a
+// device asks the runtime, and sets the kernel's limit of shared memory.
 template <class Traits>
 int fitting_ctas(cudaLaunchConfig_t const& config, Device device) {
   static std::atomic<int> known[kCachedDevices];  // 0: not asked yet
@@ -32,11 +32,8 @@ int fitting_ctas(cudaLaunchConfig_t const& config, Device device) {
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(config.dynamicSmemBytes)) != cudaSuccess)
     return 0;
-  int fitting = device.sms;
-  if (Traits::kCluster > 1 && cudaOccupancyMaxActiveClusters(&fitting, kernel, &config) != cudaSuccess)
-    return 0;
-  if (cached) known[device.index].store(fitting, std::memory_order_relaxed);
-  return fitting;
+  if (cached) known[device.index].store(device.sms, std::memory_order_relaxed);
+  return device.sms;
 }
 
 template <DType kDType, int kTileIndex>
@@ -47,7 +44,7 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   int const group = p.heads_q / p.heads_kv;
   args.warpgroups = choose_warpgroups(Traits::kWarpgroups, p.batch * p.heads_q, p.seqlen_q, device.sms);
   args.scheduler =
-      make_tile_scheduler(p.batch, p.heads_q, group, p.seqlen_q, 64 * args.warpgroups * Traits::kCluster,
+      make_tile_scheduler(p.batch, p.heads_q, group, p.seqlen_q, 64 * args.warpgroups,
                           int64_t(p.seqlen_k) * p.head_dim * 2 * sizeof(typename Traits::Element), p.causal);
   Status status = encode_tensor_map(args.q, p.q, kDType, {p.head_dim, p.seqlen_q, p.heads_q, p.batch},
                                     Traits::kSlabColumns, 64);
@@ -82,26 +79,13 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   args.fp8 = p.fp8;
   args.softmax_scale = p.softmax_scale;
 
-  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
-  config.gridDim = Traits::kCluster;
   config.blockDim = Traits::kThreads;
   config.dynamicSmemBytes = forward_shared_memory(Traits::kTile);
   config.stream = stream;
-  config.attrs = attributes;
-  if constexpr (Traits::kCluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {Traits::kCluster, 1, 1};
-  }
-  if constexpr (Traits::kTile.dependent_launch) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
   int const fitting = fitting_ctas<Traits>(config, device);
   if (fitting == 0) return Status::kLaunchError;
-  config.gridDim = Traits::kCluster * min_int(args.scheduler.num_tiles, fitting);
+  config.gridDim = min_int(args.scheduler.num_tiles, fitting);
   return cudaLaunchKernelEx(&config, forward_kernel<Traits>, args) == cudaSuccess ? Status::kOk
                                                                                   : Status::kLaunchError;
 }

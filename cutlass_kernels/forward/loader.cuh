@@ -15,13 +15,11 @@ namespace hopper_fa {
 template <class Traits>
 class Loader {
   using Shared = typename Traits::SharedStorage;
-  static constexpr int kCluster = Traits::kCluster;
 
   ForwardArguments const& args_;
   Shared& shared_;
   RingCursor<Traits::kStages> ring_;
   RingCursor<Traits::kQStages> q_ring_;
-  int const rank_ = cluster_rank<kCluster>();
 
   struct Block {
     int index, head, batch;  // head of K and V
@@ -38,9 +36,7 @@ class Loader {
   __device__ __forceinline__ int start_tile(Tile const& tile) {
     int const rows = 64 * args_.warpgroups;
     int const row = tile.m_block * rows;
-    int const end = block_range(row - rank_ * rows, kCluster * rows, args_.seqlen_q, args_.seqlen_k,
-                                args_.causal, Traits::kBlockN)
-                        .end;
+    int const end = block_range(row, rows, args_.seqlen_q, args_.seqlen_k, args_.causal, Traits::kBlockN).end;
     if (end == 0) return 0;
     first_ = {end - 1, tile.head / args_.q_heads_per_kv, tile.batch};
     for (int wg = 0; wg < args_.warpgroups; ++wg) {
@@ -48,8 +44,8 @@ class Loader {
       EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
       if (elect_one_sync()) {
         FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]));
-        copy_slabs<1>(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
-                      TMA::CacheHintSm90::EVICT_FIRST);
+        copy_slabs(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
+                   TMA::CacheHintSm90::EVICT_FIRST);
       }
       __syncwarp();
     }
@@ -80,9 +76,8 @@ class Loader {
 
   __device__ __forceinline__ void load_k(Block const& block) {
     fill_slot(Traits::kBlockN * Traits::kHeadDim * sizeof(Element), [&](uint64_t& full, uint8_t* slot) {
-      copy_slabs<kCluster>(args_.k, full, reinterpret_cast<Element*>(slot), Traits::kBlockN,
-                           block.index * Traits::kBlockN, block.head, block.batch,
-                           TMA::CacheHintSm90::EVICT_LAST);
+      copy_slabs(args_.k, full, reinterpret_cast<Element*>(slot), Traits::kBlockN,
+                 block.index * Traits::kBlockN, block.head, block.batch, TMA::CacheHintSm90::EVICT_LAST);
     });
   }
 
@@ -95,9 +90,8 @@ class Loader {
                                  slot + row * Traits::kBlockN, block.index * Traits::kBlockN, row, block.head,
                                  block.batch);
       } else {
-        copy_slabs<kCluster>(args_.v, full, reinterpret_cast<Element*>(slot), Traits::kBlockN,
-                             block.index * Traits::kBlockN, block.head, block.batch,
-                             TMA::CacheHintSm90::EVICT_LAST);
+        copy_slabs(args_.v, full, reinterpret_cast<Element*>(slot), Traits::kBlockN,
+                   block.index * Traits::kBlockN, block.head, block.batch, TMA::CacheHintSm90::EVICT_LAST);
       }
     });
   }
@@ -115,24 +109,14 @@ class Loader {
     ring_.advance();
   }
 
-  // kCtas of the cluster want the same bytes in the same place: each loads its share of the slabs for all of
-  // them, and each one's barrier hears of every slab that lands beside it.
-  template <int kCtas>
   __device__ __forceinline__ void copy_slabs(CUtensorMap const& map, uint64_t& barrier, Element* smem,
                                              int rows, int row, int head, int batch,
                                              TMA::CacheHintSm90 hint) {
     constexpr int kColumns = Traits::kSlabColumns;
     CUTE_UNROLL
-    for (int i = 0; i < Traits::kSlabs / kCtas; ++i) {
-      if constexpr (kCtas == 1) {
-        SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + i * rows * kColumns,
-                               i * kColumns, row, head, batch);
-      } else {
-        int const slab = rank_ * (Traits::kSlabs / kCtas) + i;
-        SM90_TMA_LOAD_MULTICAST_4D::copy(&map, &barrier, (1 << kCtas) - 1, static_cast<uint64_t>(hint),
-                                         smem + slab * rows * kColumns, slab * kColumns, row, head, batch);
-      }
-    }
+    for (int i = 0; i < Traits::kSlabs; ++i)
+      SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + i * rows * kColumns,
+                             i * kColumns, row, head, batch);
   }
 };
 

@@ -27,7 +27,6 @@ class Mainloop {
   static constexpr ForwardTile kTile = Traits::kTile;
   static constexpr bool kFp8 = Traits::kFp8;
   static constexpr int kBlockN = Traits::kBlockN;
-  static constexpr int kCluster = Traits::kCluster;
   using Softmax =
       std::conditional_t<kFp8, QuantizedSoftmax<kTile.fma_exp2_octets>, OnlineSoftmax<kTile.fma_exp2_octets>>;
   template <int kPart>
@@ -39,10 +38,6 @@ class Mainloop {
   // The widest part is the last: it has the row sum.
   using Temporary = std::conditional_t<kFp8, PartOfOutput<Traits::kParts - 1>, Nothing>;
   using Probabilities = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));
-  using Q =
-      std::conditional_t<kTile.q_in_registers,
-                         decltype(make_tensor<typename Traits::Element>(typename Traits::LayoutQRegisters{})),
-                         Nothing>;
 
   typename Traits::Arguments const& args_;
   Shared& shared_;
@@ -56,7 +51,6 @@ class Mainloop {
   float alpha_[2];        // 8 bit: what O must be multiplied by before the product of p_ joins it
   int k_scales_;          // 8 bit: where those of the head start whose scores come next
   Probabilities p_;       // 64 x kBlockN, of the last block whose QK is done
-  Q q_;                   // 64 x head_dim of the present tile (q_in_registers)
   Softmax softmax_;       // of the tile that p_ belongs to
   Tile tile_;             // that tile
   int q_slot_;            // where its Q was, and its output will be (tma_store)
@@ -78,9 +72,9 @@ class Mainloop {
   // the start of every turn: without a loading warp, that is where the loads are issued.
   template <class Refill>
   __device__ __forceinline__ void run(Tile const& tile, Refill refill) {
-    int const tile_rows = 64 * args_.warpgroups * kCluster;  // a cluster's tiles take turns together
-    int const tile_end = block_range(tile.m_block / kCluster * tile_rows, tile_rows, args_.seqlen_q,
-                                     args_.seqlen_k, args_.causal, kBlockN)
+    int const tile_rows = 64 * args_.warpgroups;
+    int const tile_end = block_range(tile.m_block * tile_rows, tile_rows, args_.seqlen_q, args_.seqlen_k,
+                                     args_.causal, kBlockN)
                              .end;
     BlockRange const range =
         block_range(first_row(tile), 64, args_.seqlen_q, args_.seqlen_k, args_.causal, kBlockN);
@@ -98,10 +92,6 @@ class Mainloop {
       }
       store_empty<Traits>(args_, tile, first_row(tile));
       return;
-    }
-    if constexpr (kTile.q_in_registers) {
-      load_q_registers<Traits>(shared_.q[q_ring_.slot][warpgroup_], q_);
-      release_q();
     }
     if constexpr (kTile.overlap) {
       refill(skipped);
@@ -127,8 +117,6 @@ class Mainloop {
       issue_pv(t);
       finish_pending(t);
       release_output();
-    } else if (kCluster > 1 && started_) {
-      skip_blocks(1);  // no CTA may exit before what the others send it has landed
     }
   }
 
@@ -152,7 +140,7 @@ class Mainloop {
     wait_product<kPending ? 1 : 0>(s);
     if (!kPending && started_) skip_blocks(1);
     release_slot(k_slot);
-    if (n == 0 && !kTile.q_in_registers) release_q();
+    if (n == 0) release_q();
     Tensor p = prepare_scores(s, n, range, first_row(tile));
     step(fresh, p, block_scale, alpha);  // nothing to rescale yet
     if constexpr (kPending && !kFp8) finish_pending(t);
@@ -186,7 +174,7 @@ class Mainloop {
     if (kTile.ping_pong == PingPong::kAfterPV) baton_.pass();
     wait_product<1>(s);
     release_slot(k_slot);
-    if (n == 0 && !kTile.q_in_registers) release_q();
+    if (n == 0) release_q();
     Tensor p = prepare_scores(s, n, range, first_row(tile_));
     bool const rescale = step(softmax_, p, block_scale, alpha);
     // NOTE: the next turn's block is waited for here because the wait is a loop: with the fence before it,
@@ -296,7 +284,7 @@ class Mainloop {
       baton_.pass();
       wait_product<0>(s);
       release_block();
-      if (n == 0 && !kTile.q_in_registers) release_q();
+      if (n == 0) release_q();
       Tensor p = prepare_scores(s, n, range, first_row(tile));
       bool const rescale = step(softmax_, p, block_scale, alpha);
       accept(p, alpha);
@@ -389,11 +377,8 @@ class Mainloop {
     return partition_fragment_C(typename Traits::MmaQK{}, Shape<_64, Int<kBlockN>>{});
   }
 
-  __device__ __forceinline__ decltype(auto) q_operand() const {
-    if constexpr (kTile.q_in_registers)
-      return (q_);
-    else
-      return q_fragment<Traits>(shared_.q[q_ring_.slot][warpgroup_]);
+  __device__ __forceinline__ auto q_operand() const {
+    return q_fragment<Traits>(shared_.q[q_ring_.slot][warpgroup_]);
   }
   __device__ __forceinline__ auto k_operand() const { return k_fragment<Traits>(shared_.kv[ring_.slot]); }
   template <int kPart>
@@ -432,12 +417,7 @@ class Mainloop {
     FullBarrier::wait(&shared_.kv_full[after.slot], after.phase);
   }
   __device__ __forceinline__ void release_slot(int slot) const {
-    int const lane = threadIdx.x % 32;
-    if constexpr (kCluster == 1) {
-      if (lane == 0) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
-    } else {  // every CTA of the cluster writes into this slot
-      EmptyBarrier::arrive(&shared_.kv_empty[slot], lane, lane < kCluster);
-    }
+    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
   }
   __device__ __forceinline__ void release_block() {
     release_slot(ring_.slot);

@@ -1,7 +1,5 @@
-// What the matrix products read: Q, K and V in shared memory, Q and P in registers.
+// What the matrix products read: Q, K and V in shared memory, P in registers.
 #pragma once
-
-#include <cute/arch/copy_sm75.hpp>
 
 #include "forward/traits.cuh"
 
@@ -13,22 +11,6 @@ __device__ __forceinline__ auto q_fragment(typename Traits::Element const* stage
   Tensor q = make_tensor(make_smem_ptr(stage), typename Traits::LayoutQ{});
   auto thread = typename Traits::MmaQK{}.get_slice(0);
   return thread.make_fragment_A(thread.partition_A(q));
-}
-
-// The same from its stage to registers: four 8 x 8 matrices at a time, 16 rows of the warp by 16 columns.
-// Lane i has the address of row i % 8 of matrix i / 8, in TMA's 128-byte swizzle.
-template <class Traits, class Q>
-__device__ __forceinline__ void load_q_registers(typename Traits::Element const* stage, Q& q) {
-  int const lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-  Tensor words = recast<uint32_t>(q);
-  CUTE_UNROLL
-  for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-    int const octet = (2 * k % 8 + lane / 16) ^ (lane % 8);
-    SM75_U32x4_LDSM_N::copy(
-        reinterpret_cast<uint128_t const&>(stage[row * 64 + 2 * k / 8 * 64 * 64 + octet * 8]), words(4 * k),
-        words(4 * k + 1), words(4 * k + 2), words(4 * k + 3));
-  }
-  __syncwarp();  // every lane has its rows before one of them gives the stage back
 }
 
 // B operand of QK: the K block in a slot of the ring.

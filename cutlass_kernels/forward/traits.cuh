@@ -75,25 +75,19 @@ struct ForwardTraits {
   static constexpr int kWarpgroups = kTile.block_m / 64;
   static constexpr bool kSpecialised = kTile.producer_registers > 0;
   static constexpr int kThreads = 128 * (kWarpgroups + (kSpecialised ? 1 : 0));
-  static constexpr bool kTwoLevel = kTile.pv_parts > 0;
-  static constexpr int kCluster = kTile.cluster;  // each CTA loads its share of a block's slabs for all
 
   static_assert(kTile.element_bytes == sizeof(Element));
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
   static_assert(kStages >= 3);             // K of the next block, V of this one, and one to load
   static_assert(!kFp8 || kBlockN == 128);  // a row of transposed V is one swizzle atom wide
-  static_assert(kFp8 == kTwoLevel);
+  static_assert(kFp8 == (kTile.pv_parts > 0));
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
-  static_assert(!kTile.tma_store ||
-                (kTile.overlap && kQStages >= 2));           // the next tile's Q beside this one's output
-  static_assert(!kTile.tma_store || !kTile.q_in_registers);  // one of them can have the Q stage
-  static_assert(kSpecialised || !kTile.dependent_launch);
-  static_assert(kCluster == 1 || (kSpecialised && kTile.overlap && !kFp8));
+  // The next tile's Q lies beside this one's output.
+  static_assert(!kTile.tma_store || (kTile.overlap && kQStages >= 2));
 
   // TMA boxes of Q and K: slabs of at most 128 bytes a row.
   static constexpr int kSlabColumns = kHeadDim * sizeof(Element) < 128 ? kHeadDim : 128 / sizeof(Element);
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
-  static_assert(kSlabs % kCluster == 0);
   // TMA boxes of V: as K, or for 8-bit V boxes of whole rows of at most 256.
   static constexpr int kVRows = forward_v_rows(kTile);
   static constexpr int kVBoxRows = kFp8 && kVRows > 256 ? kVRows / 3 : kVRows;
@@ -104,16 +98,9 @@ struct ForwardTraits {
   using LayoutQ = decltype(tile_to_shape(AtomQK{}, Shape<_64, Int<kHeadDim>>{}));
   using LayoutK = decltype(tile_to_shape(AtomQK{}, Shape<Int<kBlockN>, Int<kHeadDim>>{}));
 
-  template <bool kQInRegisters>
-  static constexpr auto qk_atom() {
-    using Sizes = Shape<_64, Int<kBlockN>, Int<kHeadDim>>;
-    if constexpr (kQInRegisters)
-      return GMMA::rs_op_selector<Element, Element, float, Sizes>();
-    else
-      return GMMA::ss_op_selector<Element, Element,
-                                  std::conditional_t<kDType == DType::kInt8, int32_t, float>, Sizes>();
-  }
-  using MmaQK = decltype(make_tiled_mma(qk_atom<kTile.q_in_registers>()));
+  using Score = std::conditional_t<kDType == DType::kInt8, int32_t, float>;
+  using MmaQK = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, Score, Shape<_64, Int<kBlockN>, Int<kHeadDim>>>()));
 
   // The B operand (head dim, keys) of P V. 16 bit: the same bytes as LayoutK, seen transposed. 8 bit: V is
   // transposed in global memory, and the first of the 8 rows after the channels is ones, so that the row sum
@@ -140,8 +127,6 @@ struct ForwardTraits {
   // P as the A operand of P V, in registers: (MMA, 1, kBlockN / elements of 32 bytes).
   using LayoutP = std::conditional_t<kFp8, Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>,
                                      Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>>;
-  // The same for Q, where it is in registers: (MMA, 1, kHeadDim / 16).
-  using LayoutQRegisters = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kHeadDim / 16>>>;
 
   struct SharedStorage {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];

@@ -24,7 +24,7 @@ from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.reference import attention_reference
 
 pytestmark = pytest.mark.skipif(
-    not kernels.HAS_FP8, reason="this build holds no FP8 kernel (they come with HOPPER_FA_EXPERIMENTS)"
+    not kernels.HAS_FP8, reason="this build holds no FP8 kernel (HOPPER_FA_DTYPES)"
 )
 
 RECIPES = {

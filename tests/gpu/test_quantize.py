@@ -27,7 +27,7 @@ CASES = [
 pytestmark = [
     pytest.mark.skipif(
         not {"bf16", "fp16", "e4m3"} <= set(quantize_kernels.DTYPES),
-        reason="this build does not hold all quantisation kernels (-DHOPPER_FA_EXPERIMENTS=ON)",
+        reason="this build does not hold all quantisation kernels (HOPPER_FA_DTYPES)",
     ),
     pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=DTYPE_NAMES.values()),
 ]
