@@ -47,17 +47,15 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> dict[str, object]:
-    """{"commit", "dirty"}: from git, or from HOPPER_FA_COMMIT where the tree was copied without its history.
+    """{"commit", "dirty"}: from HOPPER_FA_COMMIT, which names what a copied tree is a copy of, or from git.
 
     `dirty` is True if files outside experiments/results differ from the commit, None if that is unknown.
     """
+    if named := os.environ.get("HOPPER_FA_COMMIT"):
+        return {"commit": named.removesuffix("-dirty"), "dirty": named.endswith("-dirty")}
     head = _git("rev-parse", "HEAD")
     if head is None:
-        named = os.environ.get("HOPPER_FA_COMMIT", "unknown")
-        return {
-            "commit": named.removesuffix("-dirty"),
-            "dirty": named.endswith("-dirty") if named != "unknown" else None,
-        }
+        return {"commit": "unknown", "dirty": None}
     status = _git("status", "--porcelain", "--", ".", ":(exclude)experiments/results")
     return {"commit": head, "dirty": bool(status) if status is not None else None}
 

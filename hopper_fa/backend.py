@@ -118,8 +118,8 @@ def resolve_fp8(backend: str | None, device: torch.device) -> str:
         if kernels.HAS_FP8:
             return resolve(backend, device)
         raise RuntimeError(
-            "this build of hopper_fa holds no FP8 kernel (HOPPER_FA_DTYPES left them out); ask for the slow emulation of one with "
-            f'backend="emulator" or {ENVIRONMENT_VARIABLE}=emulator.'
+            "this build of hopper_fa holds no FP8 kernel (HOPPER_FA_DTYPES left them out); ask for the slow "
+            f'emulation of one with backend="emulator" or {ENVIRONMENT_VARIABLE}=emulator.'
         )
     return name
 

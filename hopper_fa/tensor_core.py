@@ -99,9 +99,8 @@ def probe_operands(
 
     Args:
         name: one of PROBE_INPUTS. "wide": products of all magnitudes, so that most of a step's bits are cut;
-            "subnormal": the largest product has a denormal e4m3 factor; "zero": the largest factor meets a zero;
-            "start": the accumulator begins with
-            numbers of its own.
+            "subnormal": the largest product has a denormal e4m3 factor; "zero": the largest factor meets a
+            zero; "start": the accumulator begins with numbers of its own.
     Returns:
         a (problems, 64, k) and b (problems, 8, k) in e4m3, c (problems, 64, 8) in float32 of few bits, on
         the generator's device.

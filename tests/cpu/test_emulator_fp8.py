@@ -46,15 +46,22 @@ def cut(x: Fraction, unit: Fraction) -> Fraction:
 
 
 def sum_by_fractions(a: list[float], b: list[float], start: float, joins: bool = True) -> Fraction:
-    """start + a . b as the hardware is believed to add it, in steps of 32 products."""
+    """start + a . b as the hardware adds it, in steps of 32 products."""
+
+    def exponent(x: float) -> int:  # of an e4m3 number
+        return max(-6, floor_log2(abs(Fraction(x))))
+
     acc = Fraction(start)
     for j in range(0, len(a), 32):
-        products = [Fraction(x) * Fraction(y) for x, y in zip(a[j : j + 32], b[j : j + 32], strict=True)]
+        pairs = [(x, y) for x, y in zip(a[j : j + 32], b[j : j + 32], strict=True) if x and y]
+        products = [Fraction(x) * Fraction(y) for x, y in pairs]
+        exponents = [exponent(x) + exponent(y) for x, y in pairs]
         terms = [*products, acc] if joins else products
-        largest = max(abs(t) for t in terms)
-        if largest == 0:
+        if joins and acc:
+            exponents.append(floor_log2(abs(acc)))
+        if not exponents:
             continue
-        unit = Fraction(2) ** (floor_log2(largest) - 13)
+        unit = Fraction(2) ** (max(exponents) - 13)
         acc = sum(cut(t, unit) for t in terms) + (0 if joins else acc)
         if acc:
             acc = cut(acc, Fraction(2) ** (floor_log2(abs(acc)) - 13))

@@ -62,7 +62,7 @@ def main() -> None:
                 )
                 if not error <= allowed:
                     raise SystemExit(f"{problem}: relative L2 error {error:.2e} exceeds {allowed}")
-                atol = 1e-3 if recipe is None else 0.1
+                atol = 1e-3 if recipe is None else 0.25  # a row of few keys has few errors to average
                 torch.testing.assert_close(lse.cpu().double(), true_lse, atol=atol, rtol=1e-6)
                 runs += 1
     if runs == 0:
