@@ -5,12 +5,12 @@
 
 namespace hopper_fa {
 
-// When a warpgroup hands the tensor cores to the next one: once the product is issued. Without overlap it is
-// always when QK has finished.
+// When a warpgroup hands the tensor cores to the next one: once the product is issued. Without overlap a turn
+// is P V, waited for, and QK of the next block, issued.
 enum class PingPong { kNever, kAfterQK, kAfterPV };
 
 struct ForwardTile {
-  char const* variant;      // "default" is what users run; the others are built for experiments only
+  char const* variant;      // users run "default", or "fp8" for 8-bit inputs; the others are experiments
   int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
   int block_m;              // query rows a CTA tile; 64 a consumer warpgroup
   int block_n;              // keys a step
