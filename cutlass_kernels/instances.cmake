@@ -35,3 +35,12 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")
+
+# dtype | head dim | variant (row of kBackwardTiles)
+set(HOPPER_FA_BACKWARD_INSTANCES
+    "bf16|64|default"
+    "bf16|128|default"
+    "bf16|256|default"
+    "fp16|64|default"
+    "fp16|128|default"
+    "fp16|256|default")

@@ -29,6 +29,9 @@ MAX_HEAD_DIM = 256
 # Rows of the tile table (its fields: common/tile_table.h), each with the `dtypes` that are built.
 FORWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.forward_tiles())
 
+# The same of the backward's table.
+BACKWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.backward_tiles())
+
 # 2**r on [-1/2, 1/2] as c0 + c1 r + c2 r**2 + c3 r**3.
 EXP2_POLYNOMIAL: tuple[float, ...] = tuple(_C.exp2_polynomial())
 
@@ -62,9 +65,22 @@ def forward_tile(head_dim: int, variant: str = "default") -> dict[str, Any]:
     Raises:
         ValueError: the table has no such row.
     """
-    rows = [row for row in FORWARD_TILES if row["variant"] == variant and row["head_dim"] >= head_dim]
+    return _narrowest(FORWARD_TILES, head_dim, variant)
+
+
+def backward_tile(head_dim: int, variant: str = "default") -> dict[str, Any]:
+    """`forward_tile` of the backward's table.
+
+    Raises:
+        ValueError: the table has no such row.
+    """
+    return _narrowest(BACKWARD_TILES, head_dim, variant)
+
+
+def _narrowest(tiles: tuple[dict[str, Any], ...], head_dim: int, variant: str) -> dict[str, Any]:
+    rows = [row for row in tiles if row["variant"] == variant and row["head_dim"] >= head_dim]
     if not rows:
-        known = ", ".join(f"{row['variant']}/{row['head_dim']}" for row in FORWARD_TILES)
+        known = ", ".join(f"{row['variant']}/{row['head_dim']}" for row in tiles)
         raise ValueError(
             f"no tile for head_dim {head_dim}, variant {variant!r}; the table (variant/head_dim) has "
             f"{known}; add a row to common/tile_table.h"
@@ -190,6 +206,65 @@ def forward(
         raise RuntimeError(f"hopper_fa forward was not launched: {STATUS_SENTENCES[status]}.")
 
 
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool = False,
+    variant: str = "default",
+) -> None:
+    """Put the backward's kernels into the current stream of q's device; checks nothing, waits for nothing.
+
+    Takes FP32 scratch of the size of dQ and of two numbers a query row.
+
+    Args:
+        dout: gradient of out; both as q, (batch, seqlen_q, heads_q, head_dim). k, v: (batch, seqlen_k,
+            heads_kv, head_dim). Strides as for `forward`, all of them.
+        lse: of the forward, (batch, heads_q, seqlen_q) float32, contiguous. dlse: its gradient, or None.
+        dq, dk, dv: as q, k, v, written.
+        deterministic: sum dQ in a fixed order; dK and dV always are.
+        variant: tile-table variant.
+
+    Raises:
+        RuntimeError: no instance is built for the dtype, head dim and variant, or the launch was refused.
+    """
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    _, seqlen_k, heads_kv, _ = k.shape
+    tile = backward_tile(head_dim, variant)
+    if DTYPE_NAMES[q.dtype] not in tile["dtypes"]:
+        raise RuntimeError(_not_built(q.dtype, head_dim, variant, "backward", BACKWARD_TILES))
+    index = q.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return backward(
+                dout, q, k, v, out, lse, dlse, dq, dk, dv, softmax_scale, causal, deterministic, variant
+            )
+    sum_floats, row_floats, turn_ints = _C.backward_workspace(tile["tile"], batch, seqlen_q, heads_q)
+    floats = torch.empty(sum_floats + row_floats, dtype=torch.float32, device=q.device)
+    turns = torch.empty(turn_ints, dtype=torch.int32, device=q.device) if deterministic else None
+    # fmt: off
+    status = _C.backward(
+        _C.DTYPES[DTYPE_NAMES[q.dtype]], tile["tile"],
+        *((t.data_ptr(), *t.stride()[:3]) for t in (q, k, v, out, dout, dq, dk, dv)),
+        lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
+        floats.data_ptr(), floats.data_ptr() + 4 * sum_floats, 0 if turns is None else turns.data_ptr(),
+        batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, softmax_scale, causal, deterministic,
+        torch._C._cuda_getCurrentRawStream(index),
+    )
+    # fmt: on
+    if status != _STATUS_OK:
+        raise RuntimeError(f"hopper_fa backward was not launched: {STATUS_SENTENCES[status]}.")
+
+
 def fp8_problem(recipe: Fp8Recipe) -> str | None:
     """What the FP8 kernel cannot do of a recipe, or None. The emulator can do all of it."""
     if recipe.accumulation != 1 or recipe.rescale_threshold != 0 or recipe.row_sum != "product":
@@ -282,15 +357,21 @@ def accumulator_probe(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torc
     return d
 
 
-def _not_built(dtype: torch.dtype, head_dim: int, variant: str) -> str:
+def _not_built(
+    dtype: torch.dtype,
+    head_dim: int,
+    variant: str,
+    family: str = "forward",
+    tiles: tuple[dict[str, Any], ...] = FORWARD_TILES,
+) -> str:
     built = "; ".join(
         f"{'/'.join(row['dtypes'])} up to head_dim {row['head_dim']} ({row['variant']})"
-        for row in FORWARD_TILES
+        for row in tiles
         if row["dtypes"]
     )
     name = (DTYPE_NAMES | FP8_DTYPE_NAMES)[dtype]
     return (
-        f"this build of hopper_fa has no forward kernel for {name} with head_dim {head_dim} "
+        f"this build of hopper_fa has no {family} kernel for {name} with head_dim {head_dim} "
         f"({variant}); it holds {built or 'none'}; rebuild with -DHOPPER_FA_HEAD_DIMS and "
         "-DHOPPER_FA_DTYPES listing it."
     )

@@ -91,4 +91,31 @@ constexpr int forward_shared_memory(ForwardTile const& t) {
          512;
 }
 
+struct BackwardTile {
+  char const* variant;
+  int head_dim;            // as in ForwardTile
+  int block_m;             // query rows a step
+  int block_n;             // keys of a CTA; 64 a consumer warpgroup
+  int q_stages;            // query blocks of Q in shared memory
+  int do_stages;           // the same of dO
+  int ds_stages;           // score gradients of so many steps in shared memory
+  int producer_registers;  // setmaxnreg, as in ForwardTile
+  int consumer_registers;
+};
+
+constexpr BackwardTile kBackwardTiles[] = {
+    // variant, d, M, N, Q, dO and dS stages, regs
+    {"default", 64, 128, 128, 2, 2, 2, 24, 240},
+    {"default", 128, 64, 128, 2, 2, 2, 24, 240},
+    {"default", 256, 64, 64, 2, 2, 1, 24, 240},
+};
+constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
+
+// As forward_tile_index, of kBackwardTiles.
+constexpr int backward_tile_index(int head_dim, char const* variant) {
+  for (int i = 0; i < kNumBackwardTiles; ++i)
+    if (kBackwardTiles[i].head_dim == head_dim && same_text(kBackwardTiles[i].variant, variant)) return i;
+  return -1;
+}
+
 }  // namespace hopper_fa

@@ -2,15 +2,12 @@
 #include "hopper_fa/quantize.h"
 
 #include "common/device.h"
+#include "common/dtype_token.h"
 #include "quantize/instance.h"
 #include "quantize/layout.h"
 
 namespace hopper_fa {
 namespace {
-
-namespace dtype_token {  // the names instances.cmake uses
-constexpr DType bf16 = DType::kBF16, fp16 = DType::kFP16, e4m3 = DType::kE4M3;
-}
 
 #define HOPPER_FA_QUANTIZE_INSTANCE(dtype) quantize_instance<dtype_token::dtype>(),
 constexpr QuantizeInstance kInstances[] = {
