@@ -90,6 +90,7 @@ std::vector<py::dict> backward_tiles() {
     d["ds_stages"] = t.ds_stages;
     d["producer_registers"] = t.producer_registers;
     d["consumer_registers"] = t.consumer_registers;
+    d["early_scores"] = t.early_scores;
     std::vector<std::string> dtypes;
     if (has_backward(DType::kBF16, i)) dtypes.push_back("bf16");
     if (has_backward(DType::kFP16, i)) dtypes.push_back("fp16");

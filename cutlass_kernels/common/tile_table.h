@@ -101,13 +101,16 @@ struct BackwardTile {
   int ds_stages;           // score gradients of so many steps in shared memory
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
+  bool early_scores;  // QK of the next step is issued before dQ of this one
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
     // variant, d, M, N, Q, dO and dS stages, regs
-    {"default", 64, 128, 128, 2, 2, 2, 24, 240},
-    {"default", 128, 64, 128, 2, 2, 2, 24, 240},
-    {"default", 256, 64, 64, 2, 2, 1, 24, 240},
+    {"default", 64, 128, 128, 2, 2, 2, 24, 240, true},
+    {"default", 128, 64, 128, 2, 2, 2, 24, 240, true},
+    {"default", 256, 64, 64, 2, 2, 1, 24, 240, true},
+    {"late_scores", 64, 128, 128, 2, 2, 2, 24, 240, false},
+    {"late_scores", 128, 64, 128, 2, 2, 2, 24, 240, false},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
