@@ -37,8 +37,10 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(__grid_constant__ BackwardArguments const args) {
   extern __shared__ uint8_t shared_bytes[];
+  // NOTE: an offset to the array and not a rounded address, through which ordinary loads and stores would no
+  // longer be known to be of shared memory.
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(
-      (reinterpret_cast<uintptr_t>(shared_bytes) + 1023) / 1024 * 1024);
+      shared_bytes + (1024 - cast_smem_ptr_to_uint(shared_bytes) % 1024) % 1024);
   // NOTE: through a shuffle, so that the compiler knows the warp's role is uniform.
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) init_barriers<Traits>(shared);

@@ -80,7 +80,7 @@ __device__ __forceinline__ void bulk_add(float* global, float const* smem, uint3
 
 // A key block's place in the order of additions to one query block (deterministic mode).
 struct Turn {
-  int* done = nullptr;  // how many key blocks have added
+  int* done;  // how many key blocks have added
 
   __device__ __forceinline__ void wait(int mine) const {
     int now;
@@ -91,13 +91,12 @@ struct Turn {
     asm volatile("fence.proxy.async.global;" ::: "memory");
   }
   __device__ __forceinline__ void pass() const {
-    if (!done) return;
     asm volatile("fence.proxy.async.global;" ::: "memory");
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
   }
 };
 
-// Until at most kPending groups of bulk additions have not been carried out in global memory.
+// Until at most kPending of this thread's bulk additions have not been carried out in global memory.
 template <int kPending>
 __device__ __forceinline__ void wait_added() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
@@ -110,12 +109,11 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
                                        int warpgroup) {
   KeyTile const tile = KeyTile::get<Traits>(args);
   uint32_t phase = 0;
-  // NOTE: passed on a step late, because an addition takes about as long as a step to arrive.
-  Turn before;
+  Turn before = {nullptr};
   tile.for_each_step(args, [&](int head, int m_block) {
     int64_t const block = static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block;
     float* const sum = args.dq_sum + (block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks) * kChunk;
-    Turn turn;
+    Turn turn = {nullptr};
     if (args.turns) {
       turn.done = args.turns + block * Traits::kWarpgroups + warpgroup;
       turn.wait(dq_turn(tile.walk, tile.n_block, args.n_blocks, m_block, args.seqlen_q, args.seqlen_k,
@@ -129,14 +127,19 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
       tma_store_wait<0>();  // read; shared memory is free
       EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
     }
-    if (args.turns) {
+    // NOTE: causal turns are passed on a step late, since an addition takes about a step to arrive. Full ones are
+    // not: all CTAs of a group might wait for each other in a circle.
+    if (args.turns && args.causal) {
       wait_added<Traits::kWarpgroupChunks>();
-      before.pass();
+      if (before.done) before.pass();
       before = turn;
+    } else if (args.turns) {
+      wait_added<0>();
+      turn.pass();
     }
   });
   wait_added<0>();
-  before.pass();
+  if (before.done) before.pass();
 }
 
 }  // namespace hopper_fa

@@ -11,10 +11,7 @@
 #pragma once
 
 #include "backward/epilogue.cuh"
-#include "backward/traits.cuh"
-#include "common/exp2.cuh"
-#include "common/fragment.cuh"
-#include "common/mask.cuh"
+#include "backward/scores.cuh"
 
 namespace hopper_fa {
 
@@ -23,10 +20,9 @@ class BackwardMainloop {
   using Element = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kHeadDim = Traits::kHeadDim;
-  static constexpr int kBothBarrier = 1;  // named; 0 is __syncthreads
   using Scores =
-      decltype(partition_fragment_C(typename Traits::MmaScores{}, Shape<_64, Int<kBlockM>>{}));
-  using Part = decltype(partition_fragment_C(typename Traits::MmaPart{}, Shape<_64, _64>{}));
+      decltype(partition_fragment_C(typename Traits::template MmaScores<kBlockM>{}, Shape<_64, Int<kBlockM>>{}));
+  using Part = decltype(partition_fragment_C(typename Traits::template MmaScores<64>{}, Shape<_64, _64>{}));
   using Gradient = decltype(partition_fragment_C(typename Traits::MmaKeys{}, Shape<_64, Int<kHeadDim>>{}));
   using Operand = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
   using Chunk = decltype(partition_fragment_C(typename Traits::MmaQueries{}, Shape<_64, _64>{}));
@@ -34,6 +30,7 @@ class BackwardMainloop {
   BackwardArguments const& args_;
   Shared& shared_;
   int const warpgroup_;
+  Baton const baton_;
   KeyTile const tile_;
   RingCursor<Traits::kTile.q_stages> q_ring_;
   RingCursor<Traits::kTile.do_stages> do_ring_;
@@ -42,14 +39,16 @@ class BackwardMainloop {
 
   Gradient dk_, dv_;
   Scores s_;
+  bool started_ = false;
 
  public:
   __device__ BackwardMainloop(BackwardArguments const& args, Shared& shared, int warpgroup)
-      : args_(args), shared_(shared), warpgroup_(warpgroup), tile_(KeyTile::get<Traits>(args)) {}
+      : args_(args), shared_(shared), warpgroup_(warpgroup), baton_{warpgroup, Traits::kWarpgroups}, tile_(KeyTile::get<Traits>(args)) {}
 
   __device__ __forceinline__ void run() {
     clear(dk_);
     clear(dv_);
+    baton_.start();
     int const heads = args_.q_heads_per_kv, count = tile_.walk.count;
     if (count > 0) {
       FullBarrier::wait(&shared_.k_full, 0);
@@ -75,180 +74,90 @@ class BackwardMainloop {
   template <bool kMore>
   __device__ __forceinline__ void one_step(int m) {
     int const q_slot = q_ring_.slot, do_slot = do_ring_.slot;
-    FullBarrier::wait(&shared_.do_full[do_slot], do_ring_.phase);
-    half_step<0>(m, q_slot, do_slot);
-    if constexpr (Traits::kParts == 2) half_step<1>(m, q_slot, do_slot);
-    warpgroup_wait<1>();  // dV
-    release(shared_.do_empty[do_slot]);
-    q_ring_.advance();
-    do_ring_.advance();
-    if constexpr (kMore && Traits::kTile.early_scores) issue_s();
-    asm volatile("bar.sync %0, 256;" ::"n"(kBothBarrier) : "memory");
+    baton_.take();
     Chunk dq;
-    if constexpr (Traits::kTile.early_scores) {
-      wait_product<0>(s_);
-      release(shared_.q_empty[q_slot]);
-      issue_dq(dq, 0);
-      wait_product<0>(dq);
-      leave_dq(dq);
-    } else {
-      issue_dq(dq, 0);
-      warpgroup_wait<1>();  // dK
-      release(shared_.q_empty[q_slot]);
-      wait_product<0>(dq);
-      if constexpr (kMore) issue_s();
-      leave_dq(dq);
-      wait_product<0>(s_);
-    }
+    issue_dq<Traits>(shared_.ds[ds_ring_.slot], shared_.k, warpgroup_, dq);
     ds_ring_.advance();
+    make_probabilities<0>(m, shared_.bias[q_slot]);
+    wait_product<0>(dq);
+    if (started_) leave_dq(dq);
+    FullBarrier::wait(&shared_.do_full[do_slot], do_ring_.phase);
+    half_step<0, kMore>(m, q_slot, do_slot);
+    if constexpr (Traits::kParts == 2) half_step<1, kMore>(m, q_slot, do_slot);
+    tma_store_fence();
+    baton_.pass();
+    warpgroup_wait<kMore ? 2 : 1>();  // dV
+    arrive_warp(shared_.do_empty[do_slot]);
+    warpgroup_wait<kMore ? 1 : 0>();  // dK
+    arrive_warp(shared_.q_empty[q_slot]);
+    do_ring_.advance();
+    wait_product<0>(s_);
     if constexpr (!kMore) {
       warpgroup_fence_operand(dk_);
       warpgroup_fence_operand(dv_);
+      baton_.take();
+      Chunk last;
+      issue_dq<Traits>(shared_.ds[ds_ring_.slot], shared_.k, warpgroup_, last);
+      wait_product<0>(last);
+      baton_.pass();
+      leave_dq(last);
+      give_dq();
     }
   }
 
-  template <int kPart>
+  template <int kPart, bool kMore>
   __device__ __forceinline__ void half_step(int m, int q_slot, int do_slot) {
     Part dp;
-    issue_dp(dp, kPart);
-    probabilities<kPart>(m, shared_.bias[q_slot]);
+    issue_product(typename Traits::template MmaScores<64>{}, key_rows<Traits>(shared_.v, 64 * warpgroup_),
+                  query_rows<Traits, 64>(shared_.dout[do_slot], 64 * kPart), dp, false);
+    if constexpr (kPart == 0) {
+      if (started_) give_dq();
+      started_ = true;
+    }
+    if constexpr (kPart > 0) make_probabilities<kPart>(m, shared_.bias[q_slot]);
     Operand p, ds;
     CUTE_UNROLL
     for (int i = 0; i < 32; i += 2)
       recast<uint32_t>(p)(i / 2) = round_pair<Element>(s_(32 * kPart + i), s_(32 * kPart + i + 1));
-    issue_product(typename Traits::MmaKeys{}, p, columns(shared_.dout[do_slot], kPart), dv_, true);
+    issue_product(typename Traits::MmaKeys{}, p, query_columns<Traits>(shared_.dout[do_slot], 64 * kPart), dv_, true);
     wait_product<1>(dp);
-    score_gradients(dp, kPart, shared_.delta[do_slot], ds);
-    write_ds(ds, kPart);
-    tma_store_fence();
-    issue_product(typename Traits::MmaKeys{}, ds, columns(shared_.q[q_slot], kPart), dk_, true);
+    float const* const delta = shared_.delta[do_slot] + 64 * kPart + 2 * (threadIdx.x % 4);
+    CUTE_UNROLL
+    for (int i = 0; i < 32; i += 2)
+      recast<uint32_t>(ds)(i / 2) =
+          score_gradients<Element>(s_(32 * kPart + i), s_(32 * kPart + i + 1), dp(i), dp(i + 1),
+                                   *reinterpret_cast<float2 const*>(delta + i / 4 * 8));
+    issue_product(typename Traits::MmaKeys{}, ds, query_columns<Traits>(shared_.q[q_slot], 64 * kPart), dk_, true);
+    if constexpr (kPart == Traits::kParts - 1) {
+      q_ring_.advance();
+      if constexpr (kMore) issue_s();
+    }
+    write_ds(ds, shared_.ds[ds_ring_.slot] + (kPart * kBlockN + 64 * warpgroup_) * 64);
+  }
+
+  // Part of S to P in place.
+  template <int kPart>
+  __device__ __forceinline__ void make_probabilities(int m, float const* bias) {
+    auto part = make_tensor(s_.data() + 32 * kPart, Layout<_32>{});
+    probabilities(args_, tile_.n_block * kBlockN + 64 * warpgroup_, m * kBlockM + 64 * kPart, bias + 64 * kPart,
+                  part);
   }
 
   __device__ __forceinline__ void issue_s() {
     FullBarrier::wait(&shared_.q_full[q_ring_.slot], q_ring_.phase);
-    issue_product(typename Traits::MmaScores{}, keys(shared_.k), rows(shared_.q[q_ring_.slot]), s_, false);
-  }
-  __device__ __forceinline__ void issue_dp(Part& dp, int part) {
-    Tensor all = make_tensor(make_smem_ptr(shared_.dout[do_ring_.slot] + part * 64 * 64),
-                             typename Traits::template LayoutRows<kBlockM>{});
-    Tensor mine = local_tile(all, Shape<_64, Int<kHeadDim>>{}, make_coord(_0{}, _0{}));
-    auto thread = typename Traits::MmaPart{}.get_slice(0);
-    issue_product(typename Traits::MmaPart{}, keys(shared_.v), thread.make_fragment_B(thread.partition_B(mine)),
-                  dp, false);
+    issue_product(typename Traits::template MmaScores<kBlockM>{}, key_rows<Traits>(shared_.k, 64 * warpgroup_),
+                  query_rows<Traits, kBlockM>(shared_.q[q_ring_.slot], 0), s_, false);
   }
 
-  // Chunk i of the warpgroup's share of dQ = dS K.
-  __device__ __forceinline__ void issue_dq(Chunk& dq, int i) {
-    using Layout = typename Traits::template LayoutColumns<64, kBlockN>;
-    int const chunk = warpgroup_ * Traits::kWarpgroupChunks + i;
-    int const row_group = chunk / Traits::kSlabs, slab = chunk % Traits::kSlabs;
-    auto thread = typename Traits::MmaQueries{}.get_slice(0);
-    Tensor ds = make_tensor(make_smem_ptr(shared_.ds[ds_ring_.slot] + row_group * 64 * kBlockN), Layout{});
-    Tensor k = make_tensor(make_smem_ptr(shared_.k + slab * 64 * kBlockN), Layout{});
-    issue_product(typename Traits::MmaQueries{}, thread.make_fragment_A(thread.partition_A(ds)),
-                  thread.make_fragment_B(thread.partition_B(k)), dq, false);
-  }
-
-  // A operand: the warpgroup's 64 rows of K or V.
-  __device__ __forceinline__ auto keys(Element const* block) const {
-    Tensor all = make_tensor(make_smem_ptr(block + warpgroup_ * 64 * 64),
-                             typename Traits::template LayoutRows<kBlockN>{});
-    Tensor mine = local_tile(all, Shape<_64, Int<kHeadDim>>{}, make_coord(_0{}, _0{}));
-    auto thread = typename Traits::MmaScores{}.get_slice(0);
-    return thread.make_fragment_A(thread.partition_A(mine));
-  }
-  // B operand: a block of Q or dO as it lies.
-  __device__ __forceinline__ auto rows(Element const* block) const {
-    Tensor t = make_tensor(make_smem_ptr(block), typename Traits::template LayoutRows<kBlockM>{});
-    auto thread = typename Traits::MmaScores{}.get_slice(0);
-    return thread.make_fragment_B(thread.partition_B(t));
-  }
-  // B operand: the same block, transposed.
-  __device__ __forceinline__ auto columns(Element const* block, int part) const {
-    Tensor all = make_tensor(make_smem_ptr(block + part * 64 * 64),
-                             typename Traits::template LayoutColumns<kHeadDim, kBlockM>{});
-    Tensor mine = local_tile(all, Shape<Int<kHeadDim>, _64>{}, make_coord(_0{}, _0{}));
-    auto thread = typename Traits::MmaKeys{}.get_slice(0);
-    return thread.make_fragment_B(thread.partition_B(mine));
-  }
-
-  // S to P in place, one part.
-  template <int kPart>
-  __device__ __forceinline__ void probabilities(int m, float const* bias) {
-    auto part = make_tensor(s_.data() + 32 * kPart, Layout<_32>{});
-    int const column = 2 * (threadIdx.x % 4) + 64 * kPart;
-    CUTE_UNROLL
-    for (int octet = 0; octet < 8; ++octet) {
-      float2 const b = *reinterpret_cast<float2 const*>(bias + 8 * octet + column);
-      CUTE_UNROLL
-      for (int i = 4 * octet; i < 4 * octet + 4; ++i) part(i) = fmaf(part(i), args_.scale_log2, i % 2 ? b.y : b.x);
-    }
-    int const first_key = tile_.n_block * kBlockN + 64 * warpgroup_;
-    int const first_row = m * kBlockM + 64 * kPart;
-    int const shift = args_.seqlen_k - args_.seqlen_q;
-    // NOTE: keys past the end are masked although they are zeros: exp2(0 - bias) may be infinite.
-    if (first_key + 63 >= args_.seqlen_k || (args_.causal && first_key + 63 > first_row + shift)) {
-      int hidden[2];
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        int const key = first_key + row_in_tile() + 8 * r;
-        hidden[r] = args_.causal ? key - shift - first_row : 0;
-        if (key >= args_.seqlen_k) hidden[r] = 64;
-      }
-      mask_transposed(part, hidden);
-    }
-    CUTE_UNROLL
-    for (int i = 0; i < size(part); ++i) part(i) = exp2_sfu(part(i));
-  }
-
-  // dS = P (dP - delta), rounded.
-  __device__ __forceinline__ void score_gradients(Part const& dp, int part, float const* delta, Operand& ds) {
-    int const column = 64 * part + 2 * (threadIdx.x % 4);
-    CUTE_UNROLL
-    for (int octet = 0; octet < 8; ++octet) {
-      float2 const d = *reinterpret_cast<float2 const*>(delta + 8 * octet + column);
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        int const i = 4 * octet + 2 * r, j = 32 * part + i;
-        recast<uint32_t>(ds)(i / 2) =
-            round_pair<Element>(s_(j) * (dp(i) - d.x), s_(j + 1) * (dp(i + 1) - d.y));
-      }
-    }
-  }
-
-  // Four 8 x 8 matrices at a time: 16 keys by two octets of queries. Lane i has the address of row i % 8 of
-  // matrix i / 8, in WGMMA's 128-byte swizzle.
-  __device__ __forceinline__ void write_ds(Operand const& ds, int part) {
-    int const lane = threadIdx.x % 32;
-    int const key = 64 * warpgroup_ + threadIdx.x % 128 / 32 * 16 + lane % 16;
-    Element* const row = shared_.ds[ds_ring_.slot] + (part * kBlockN + key) * 64;
-    auto words = recast<uint32_t>(ds);
-    CUTE_UNROLL
-    for (int octet = 0; octet < 8; octet += 2) {
-      int const swizzled = (octet + lane / 16) ^ (lane % 8);
-      Element* const to = row + swizzled * 8;
-      SM90_U32x4_STSM_N::copy(words(2 * octet), words(2 * octet + 1), words(2 * octet + 2),
-                              words(2 * octet + 3), *reinterpret_cast<uint128_t*>(to));
-    }
-  }
-
-  // Gives a chunk of dQ to the adding warp, in fragment order.
+  // Leaves a chunk of dQ for the adding warp; give_dq() tells it.
   __device__ __forceinline__ void leave_dq(Chunk const& dq) {
     EmptyBarrier::wait(&shared_.dq_empty[warpgroup_], dq_phase_);
     dq_phase_ ^= 1;
-    float4* const to = reinterpret_cast<float4*>(shared_.dq[warpgroup_]) + threadIdx.x % 128;
-    CUTE_UNROLL
-    for (int octet = 0; octet < 8; ++octet)
-      to[octet * 128] =
-          make_float4(dq(4 * octet), dq(4 * octet + 1), dq(4 * octet + 2), dq(4 * octet + 3));
-    tma_store_fence();
-    release(shared_.dq_full[warpgroup_]);
+    put_chunk(dq, shared_.dq[warpgroup_]);
   }
-
-  // A warp is done with something.
-  static __device__ __forceinline__ void release(uint64_t& barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&barrier);
+  __device__ __forceinline__ void give_dq() {
+    tma_store_fence();
+    arrive_warp(shared_.dq_full[warpgroup_]);
   }
 };
 

@@ -58,6 +58,8 @@ struct BackwardTraits {
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kSlabs = kHeadDim / 64;  // slabs of 64 columns, 128 bytes a row, swizzled
   static constexpr int kChunks = kBlockM / 64 * kSlabs;  // of dQ in a step
+  // NOTE: P and dP of 128 queries have no room in registers together: dP comes in parts of 64.
+  static constexpr int kParts = kBlockM / 64;
   static constexpr int kWarpgroupChunks = kChunks / kWarpgroups;
   static_assert(kChunks % kWarpgroups == 0 && kBlockM % 64 == 0 && kHeadDim % 64 == 0);
 
@@ -70,13 +72,10 @@ struct BackwardTraits {
   using LayoutColumns =
       decltype(tile_to_shape(AtomColumns{}, Shape<Int<kColumns>, Int<kRows>>{}, Step<_2, _1>{}));
 
-  // S^T and dP^T, 64 keys by kBlockM queries.
+  // S^T or dP^T, 64 keys by 128 or 64 queries.
+  template <int kQueries>
   using MmaScores = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kBlockM>, Int<kHeadDim>>>()));
-  // dP^T for 64 of the queries: P of all and dP of all have no room in registers at kBlockM = 128.
-  static constexpr int kParts = kBlockM / 64;
-  using MmaPart = decltype(make_tiled_mma(
-      GMMA::ss_op_selector<Element, Element, float, Shape<_64, _64, Int<kHeadDim>>>()));
+      GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kQueries>, Int<kHeadDim>>>()));
   // dV and dK, 64 keys by head dim: the probabilities and score gradients, transposed, are in registers.
   using MmaKeys = decltype(make_tiled_mma(
       GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, _64>, GMMA::Major::K,
