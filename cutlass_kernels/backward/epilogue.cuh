@@ -6,8 +6,8 @@
 
 namespace hopper_fa {
 
-// Rows [first_row, first_row + 64) of one head, columns from first_column on: x * factor in 16 bits. Rows past
-// seqlen and columns past head_dim are left out.
+// Rows [first_row, first_row + 64) of one head, columns from first_column on: x * factor in 16 bits. Rows
+// past seqlen and columns past head_dim are left out.
 template <class Element, class Fragment>
 __device__ __forceinline__ void store_rows(Strided const& to, int batch, int head, int first_row, int seqlen,
                                            int head_dim, Fragment const& x, float factor,

@@ -1,5 +1,5 @@
-// The backward's main kernel: warp roles and barriers. A CTA a key block; loader.cuh and mainloop.cuh are its
-// two sides.
+// The backward's main kernel: warp roles and barriers. A CTA a key block; loader.cuh and the mainloops are
+// its two sides.
 //
 //   warpgroup 0, warp 0        TMA: K and V once, Q and dO block by block
 //   warpgroup 0, warps 2, 3    add warpgroup 1's and 2's part of dQ to global memory
@@ -9,7 +9,8 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "backward/loader.cuh"
-#include "backward/mainloop.cuh"
+#include "backward/mainloop_keys.cuh"
+#include "backward/mainloop_split.cuh"
 
 namespace hopper_fa {
 
@@ -30,6 +31,12 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     EmptyBarrier::init(&shared.dq_full[wg], kWarps);
     EmptyBarrier::init(&shared.dq_empty[wg], 1);
   }
+  EmptyBarrier::init(&shared.p_full, kWarps);
+  EmptyBarrier::init(&shared.p_empty, kWarps);
+  for (int i = 0; i < Traits::kTile.ds_stages; ++i) {
+    EmptyBarrier::init(&shared.ds_full[i], kWarps);
+    EmptyBarrier::init(&shared.ds_empty[i], kWarps * Traits::kWarpgroups);
+  }
   cutlass::arch::fence_barrier_init();
 }
 
@@ -49,10 +56,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
     if (warp == 0) load_blocks<Traits>(args, shared);
-    if (warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
+    if (Traits::kStaged && warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kTile.consumer_registers>();
-    BackwardMainloop<Traits>(args, shared, warp / 4 - 1).run();
+    using Mainloop = std::conditional_t<Traits::kSplit, SplitMainloop<Traits>, KeysMainloop<Traits>>;
+    Mainloop(args, shared, warp / 4 - 1).run();
   }
 }
 

@@ -26,6 +26,7 @@ bool allow_shared_memory(Device device) {
 template <DType kDType, int kTileIndex>
 Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stream) {
   using Traits = BackwardTraits<kDType, kTileIndex>;
+  if (p.deterministic && !Traits::kStaged) return Status::kInvalidArgument;
 
   BackwardArguments args;
   args.out = p.out, args.dout_rows = p.dout;
@@ -47,8 +48,8 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   args.turns = p.deterministic ? p.turns : nullptr;
   // Q, dO and dQ's sum of the query heads that read one key/value head.
   int64_t const head_bytes = int64_t(p.seqlen_q) * p.head_dim * 8 * args.q_heads_per_kv;
-  args.scheduler = make_tile_scheduler(p.batch, p.heads_kv, 1, p.seqlen_k, Traits::kBlockN, head_bytes, p.causal,
-                                       p.deterministic ? 1 : 16);
+  args.scheduler = make_tile_scheduler(p.batch, p.heads_kv, 1, p.seqlen_k, Traits::kBlockN, head_bytes,
+                                       p.causal, p.deterministic ? 1 : 16);
   if (row_blocks * Traits::kChunks > 0x7fffffff) return Status::kInvalidArgument;  // grids are flat
 
   Status status = Status::kOk;

@@ -16,8 +16,8 @@ __device__ __forceinline__ void load_block(CUtensorMap const& map, uint64_t& bar
                                            int batch, TMA::CacheHintSm90 hint) {
   CUTE_UNROLL
   for (int i = 0; i < Traits::kSlabs; ++i)
-    SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + i * rows * 64, i * 64, row, head,
-                           batch);
+    SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + i * rows * 64, i * 64, row,
+                           head, batch);
 }
 
 // One whole warp, of which an elected lane issues.
@@ -37,7 +37,8 @@ __device__ __forceinline__ void load_blocks(BackwardArguments const& args,
 
   if (elect_one_sync()) {
     FullBarrier::arrive_and_expect_tx(&shared.k_full, sizeof(shared.k));
-    load_block<Traits>(args.k, shared.k_full, shared.k, Traits::kBlockN, first_key, tile.head, tile.batch, once);
+    load_block<Traits>(args.k, shared.k_full, shared.k, Traits::kBlockN, first_key, tile.head, tile.batch,
+                       once);
   }
   tile.for_each_step(args, [&](int head, int m_block) {
     int64_t const rows =
@@ -112,7 +113,8 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
   Turn before = {nullptr};
   tile.for_each_step(args, [&](int head, int m_block) {
     int64_t const block = static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block;
-    float* const sum = args.dq_sum + (block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks) * kChunk;
+    float* const sum =
+        args.dq_sum + (block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks) * kChunk;
     Turn turn = {nullptr};
     if (args.turns) {
       turn.done = args.turns + block * Traits::kWarpgroups + warpgroup;
@@ -127,8 +129,8 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
       tma_store_wait<0>();  // read; shared memory is free
       EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
     }
-    // NOTE: causal turns are passed on a step late, since an addition takes about a step to arrive. Full ones are
-    // not: all CTAs of a group might wait for each other in a circle.
+    // NOTE: causal turns are passed on a step late, since an addition takes about a step to arrive. Full ones
+    // are not: all CTAs of a group might wait for each other in a circle.
     if (args.turns && args.causal) {
       wait_added<Traits::kWarpgroupChunks>();
       if (before.done) before.pass();

@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(128) finish_dq(__grid_constant__ BackwardArgum
     dq(4 * octet) = four.x, dq(4 * octet + 1) = four.y;
     dq(4 * octet + 2) = four.z, dq(4 * octet + 3) = four.w;
   }
-  store_rows<typename Traits::Element>(args.dq, head_batch / args.heads_q, head_batch % args.heads_q, first_row,
-                                       args.seqlen_q, args.head_dim, dq, args.softmax_scale, first_column);
+  store_rows<typename Traits::Element>(args.dq, head_batch / args.heads_q, head_batch % args.heads_q,
+                                       first_row, args.seqlen_q, args.head_dim, dq, args.softmax_scale,
+                                       first_column);
 }
 
 }  // namespace hopper_fa

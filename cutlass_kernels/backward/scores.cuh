@@ -41,8 +41,8 @@ __device__ __forceinline__ auto query_columns(typename Traits::Element const* bl
 
 // A chunk of dQ = dS K: 64 query rows by 64 columns.
 template <class Traits, class Chunk>
-__device__ __forceinline__ void issue_dq(typename Traits::Element const* ds, typename Traits::Element const* k,
-                                         int chunk, Chunk& dq) {
+__device__ __forceinline__ void issue_dq(typename Traits::Element const* ds,
+                                         typename Traits::Element const* k, int chunk, Chunk& dq) {
   using Layout = typename Traits::template LayoutColumns<64, Traits::kBlockN>;
   int const row_group = chunk / Traits::kSlabs, slab = chunk % Traits::kSlabs;
   auto thread = typename Traits::MmaQueries{}.get_slice(0);
@@ -94,8 +94,8 @@ __device__ __forceinline__ void write_ds(Operand const& ds, Element* first_row) 
   CUTE_UNROLL
   for (int octet = 0; octet < 8; octet += 2) {
     int const swizzled = (octet + lane / 16) ^ (lane % 8);
-    SM90_U32x4_STSM_N::copy(words(2 * octet), words(2 * octet + 1), words(2 * octet + 2), words(2 * octet + 3),
-                            *reinterpret_cast<uint128_t*>(row + swizzled * 8));
+    SM90_U32x4_STSM_N::copy(words(2 * octet), words(2 * octet + 1), words(2 * octet + 2),
+                            words(2 * octet + 3), *reinterpret_cast<uint128_t*>(row + swizzled * 8));
   }
 }
 
@@ -112,9 +112,10 @@ template <class Chunk>
 __device__ __forceinline__ void add_chunk(Chunk const& x, float* to) {
   CUTE_UNROLL
   for (int octet = 0; octet < 8; ++octet)
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + (octet * 128 + threadIdx.x % 128) * 4),
-                 "f"(x(4 * octet)), "f"(x(4 * octet + 1)), "f"(x(4 * octet + 2)), "f"(x(4 * octet + 3))
-                 : "memory");
+    asm volatile(
+        "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + (octet * 128 + threadIdx.x % 128) * 4),
+        "f"(x(4 * octet)), "f"(x(4 * octet + 1)), "f"(x(4 * octet + 2)), "f"(x(4 * octet + 3))
+        : "memory");
 }
 
 // A warp is done with something.

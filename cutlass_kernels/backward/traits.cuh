@@ -56,7 +56,9 @@ struct BackwardTraits {
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kSlabs = kHeadDim / 64;  // slabs of 64 columns, 128 bytes a row, swizzled
+  static constexpr bool kSplit = kTile.split, kStaged = kTile.staged;
+  static_assert(kSplit ? kBlockN == 64 : kBlockN == 128 && kStaged);
+  static constexpr int kSlabs = kHeadDim / 64;           // slabs of 64 columns, 128 bytes a row, swizzled
   static constexpr int kChunks = kBlockM / 64 * kSlabs;  // of dQ in a step
   // NOTE: P and dP of 128 queries have no room in registers together: dP comes in parts of 64.
   static constexpr int kParts = kBlockM / 64;
@@ -77,9 +79,9 @@ struct BackwardTraits {
   using MmaScores = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kQueries>, Int<kHeadDim>>>()));
   // dV and dK, 64 keys by head dim: the probabilities and score gradients, transposed, are in registers.
-  using MmaKeys = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, _64>, GMMA::Major::K,
-                           GMMA::Major::MN>()));
+  using MmaKeys =
+      decltype(make_tiled_mma(GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, _64>,
+                                                   GMMA::Major::K, GMMA::Major::MN>()));
   using LayoutP = Layout<Shape<Shape<_2, _2, _2>, _1, _4>>;
   // A chunk of dQ.
   using MmaQueries =
@@ -92,12 +94,14 @@ struct BackwardTraits {
     alignas(1024) Element q[kTile.q_stages][kBlockM * kHeadDim];
     alignas(1024) Element dout[kTile.do_stages][kBlockM * kHeadDim];
     alignas(1024) Element ds[kTile.ds_stages][kBlockM * kBlockN];  // transposed: a row a key
-    alignas(1024) float dq[kWarpgroups][kChunk];
+    alignas(1024) float dq[kStaged ? kWarpgroups : 0][kChunk];
+    alignas(1024) float p[kSplit ? kChunk : 0];  // of warpgroup 0 for warpgroup 1, in fragment order
     alignas(16) float bias[kTile.q_stages][kBlockM], delta[kTile.do_stages][kBlockM];
     uint64_t k_full, v_full;
     uint64_t q_full[kTile.q_stages], q_empty[kTile.q_stages];
     uint64_t do_full[kTile.do_stages], do_empty[kTile.do_stages];
     uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
+    uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage) + 1023;  // 1023: aligning the base
   static_assert(kSharedBytes <= 227 * 1024);
@@ -118,8 +122,8 @@ struct KeyTile {
     t.n_block = args.causal && !args.turns ? args.n_blocks - 1 - tile.m_block : tile.m_block;
     t.head = tile.head;
     t.batch = tile.batch;
-    t.walk = query_walk(t.n_block, args.n_blocks, args.m_blocks, args.seqlen_q, args.seqlen_k, Traits::kBlockM,
-                        Traits::kBlockN, args.causal, args.group_size);
+    t.walk = query_walk(t.n_block, args.n_blocks, args.m_blocks, args.seqlen_q, args.seqlen_k,
+                        Traits::kBlockM, Traits::kBlockN, args.causal, args.group_size);
     return t;
   }
 

@@ -30,8 +30,8 @@ __device__ __forceinline__ void mask_scores(Scores& s, int const (&visible)[2]) 
   }
 }
 
-// The same for scores transposed, a row a key: hidden[r] queries of this block, counted from its first, do not
-// see the key of row r.
+// The same for scores transposed, a row a key: hidden[r] queries of this block, counted from its first, do
+// not see the key of row r.
 template <class Scores>
 __device__ __forceinline__ void mask_transposed(Scores& s, int const (&hidden)[2]) {
   constexpr int kPerRow = decltype(cute::size(s))::value / 2;

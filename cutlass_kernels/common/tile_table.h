@@ -95,22 +95,22 @@ struct BackwardTile {
   char const* variant;
   int head_dim;            // as in ForwardTile
   int block_m;             // query rows a step
-  int block_n;             // keys of a CTA; 64 a consumer warpgroup
+  int block_n;             // keys of a CTA
   int q_stages;            // query blocks of Q in shared memory
   int do_stages;           // the same of dO
   int ds_stages;           // score gradients of so many steps in shared memory
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
-  bool early_scores;  // QK of the next step is issued before dQ of this one
+  bool split;   // the two warpgroups share 64 keys: mainloop_split.cuh
+  bool staged;  // dQ goes through shared memory; else straight to global memory, which has no fixed order
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
     // variant, d, M, N, Q, dO and dS stages, regs
-    {"default", 64, 128, 128, 2, 2, 2, 24, 240, true},
-    {"default", 128, 64, 128, 2, 2, 2, 24, 240, true},
-    {"default", 256, 64, 64, 2, 2, 1, 24, 240, true},
-    {"late_scores", 64, 128, 128, 2, 2, 2, 24, 240, false},
-    {"late_scores", 128, 64, 128, 2, 2, 2, 24, 240, false},
+    {"default", 64, 128, 128, 2, 2, 2, 24, 240, false, true},
+    {"default", 128, 64, 128, 2, 2, 2, 24, 240, false, true},
+    {"default", 256, 64, 64, 2, 2, 2, 24, 240, true, false},
+    {"deterministic", 256, 64, 64, 2, 1, 1, 24, 240, true, true},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
