@@ -62,7 +62,7 @@ def test_accuracy_with_a_gradient_of_lse(
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_accuracy_on_difficult_inputs(distribution: str, dtype: str, seed: int) -> None:
     case = Case(seqlen_q=200, seqlen_k=500, head_dim=128)
-    assert_gradients_accurate(*emulate(case, DTYPES[dtype], seed, distribution))
+    assert_gradients_accurate(*emulate(case, DTYPES[dtype], seed, distribution), distribution)
 
 
 @pytest.mark.parametrize("case", SEQLEN_CASES[:6] + SEQLEN_CASES[-14:] + GQA_CASES, ids=str)
