@@ -22,6 +22,8 @@ from hopper_fa.emulator import attention_emulated
 from hopper_fa.emulator_backward import gradients_emulated
 from hopper_fa.reference import gradients_reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEAD_RATIOS = [(4, 4), (4, 2), (8, 2), (8, 1), (16, 1)]
 LENGTHS = [(1, 1), (113, 113), (128, 128), (239, 239), (128, 239), (239, 128), (1, 239), (239, 1), (64, 300)]
 
