@@ -1,5 +1,6 @@
 """What users call: FlashAttention's names, argument order and tensor layout."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,8 +62,13 @@ def flash_attn_func(
     NOTE: FlashAttention-2 has dropout_p before softmax_scale: code that passes a positional dropout_p of 0.0
     asks for a softmax_scale of 0.0 here.
 
+    Differentiable once, through out and lse, with respect to q, k and v. Under autocast the inputs become the
+    autocast dtype.
+
     In FP8, which is not exact: with a recipe, bfloat16 and float16 tensors are quantised by it inside the
-    call; tensors that are float8_e4m3fn already are used as they are, times their descales.
+    call; tensors that are float8_e4m3fn already are used as they are, times their descales. The gradient of a
+    recipe is straight-through: that of exact attention of the unquantised tensors, computed in their dtype,
+    with the FP8 call's out and lse in place of the exact ones. float8_e4m3fn tensors have no gradient.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), bfloat16, float16 or float8_e4m3fn, head_dim a multiple of 8
@@ -74,10 +80,11 @@ def flash_attn_func(
             scaled scores must stay within float32.
         causal: bottom-right aligned: row i sees keys j <= i + seqlen_k - seqlen_q.
         return_lse: also return the log-sum-exp of each row.
-        deterministic: accepted; the forward is always bit-reproducible.
+        deterministic: the gradient of q has the same bits every time too, at some cost; out, lse and the
+            gradients of k and v always have. torch.use_deterministic_algorithms(True) asks for it as well.
         backend: "auto" (the CUDA kernels), "cuda", "emulator" (their arithmetic in torch, slow, any device)
             or "reference" (float64, slow; with a recipe it still takes the tensors unquantised). None: the
-            environment variable HOPPER_FA_BACKEND, or "auto". In FP8 only the last two exist so far.
+            environment variable HOPPER_FA_BACKEND, or "auto". The backward runs on the same.
         recipe: compute in FP8, by this recipe. For float8_e4m3fn tensors None means Fp8Recipe.fa3(), and see
             `quantization.from_fp8` for what another may change.
         q_descale, k_descale, v_descale: of float8_e4m3fn tensors: (batch, heads_kv) float32, what to multiply
@@ -89,12 +96,12 @@ def flash_attn_func(
         out: (batch, seqlen_q, heads_q, head_dim) in q's dtype (bfloat16 for float8_e4m3fn), contiguous; 0 in
             rows that see no key.
         lse, if return_lse: natural logarithm, (batch, heads_q, seqlen_q), float32; -inf where no key is seen.
-        Neither is differentiable yet: backward() raises NotImplementedError.
 
     Raises:
         TypeError, ValueError: an input the kernels do not take, found before anything is launched.
         RuntimeError: no backend can run the call (device is not Hopper, instance not built, FP8).
-        NotImplementedError: an argument is not at its neutral value.
+        NotImplementedError: an argument is not at its neutral value; from backward(), a second derivative or
+            a gradient of float8_e4m3fn tensors was asked for.
     """
     # fmt: off
     options = (
@@ -102,29 +109,53 @@ def flash_attn_func(
         sm_margin, return_attn_probs, dropout_p, alibi_slopes,
     )
     # fmt: on
-    is_fp8 = q.dtype == torch.float8_e4m3fn
-    if is_fp8:
-        options = (qv, None, None, None, *options[4:])
-    if options != _NEUTRAL:
-        _refuse_options(options)
-    if is_fp8:
-        out, lse = ops.without_backward(
+    out, lse = _attention((q, k, v), softmax_scale, causal, options, deterministic, backend, recipe)
+    return (out, lse) if return_lse else out
+
+
+def _attention(
+    tensors: tuple[torch.Tensor, ...],
+    softmax_scale: float | None,
+    causal: bool,
+    options: tuple[Any, ...],
+    deterministic: bool = False,
+    backend: str | None = None,
+    recipe: Fp8Recipe | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of `flash_attn_func` of (q, k, v), (q, kv) or (qkv,).
+
+    options: one value for each name in _NEUTRAL_VALUES.
+    """
+    if tensors[0].dtype == torch.float8_e4m3fn:
+        _, *descales = options[:4]
+        _refuse_options((options[0], None, None, None, *options[4:]))
+        return ops.without_gradient(
             lambda: backends.run_quantized(
-                from_fp8(q, k, v, q_descale, k_descale, v_descale, recipe),
+                from_fp8(*backends.unpack(tensors), *descales, recipe),
                 softmax_scale,
                 causal,
                 torch.bfloat16,
                 backend,
             ),
-            *(t for t in (q, k, v, q_descale, k_descale, v_descale) if t is not None),
+            *(t for t in (*tensors, *descales) if t is not None),
         )
-    elif recipe is not None:
-        out, lse = ops.without_backward(
-            lambda: backends.run_recipe(q, k, v, softmax_scale, causal, recipe, backend), q, k, v
-        )
-    else:
-        out, lse = ops.forward(q, k, v, softmax_scale, causal, backend)
-    return (out, lse) if return_lse else out
+    if options != _NEUTRAL:
+        _refuse_options(options)
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        tensors = _autocast(tensors, device_type)
+        with torch.autocast(device_type, enabled=False):
+            return _attention(tensors, softmax_scale, causal, options, deterministic, backend, recipe)
+    if recipe is not None:
+        run = functools.partial(backends.run_recipe, recipe=recipe)
+        return ops.straight_through(run, tensors, softmax_scale, causal, deterministic, backend)
+    return ops.forward(tensors, softmax_scale, causal, deterministic, backend)
+
+
+def _autocast(tensors: tuple[torch.Tensor, ...], device_type: str) -> tuple[torch.Tensor, ...]:
+    """As torch's own attention under autocast: everything but float64 becomes the autocast dtype."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def flash_attn_quantized_func(
@@ -141,8 +172,7 @@ def flash_attn_quantized_func(
     Args:
         softmax_scale, causal, return_lse: as in `flash_attn_func`.
         out_dtype: of the output, bfloat16 or float16.
-        backend: "emulator" (any device) or "reference" (float64 on what the quantised tensors stand for);
-            "auto" and "cuda" raise RuntimeError, because no FP8 kernel is built yet.
+        backend: as in `flash_attn_func`; "reference" is float64 on what the quantised tensors stand for.
 
     Returns and raises: as `flash_attn_func`.
     """
@@ -153,7 +183,7 @@ def flash_attn_quantized_func(
 def flash_attn_qkvpacked_func(
     qkv: torch.Tensor, softmax_scale: float | None = None, causal: bool = False, **options: Any
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`flash_attn_func` on one tensor that holds Q, K and V; nothing is copied.
+    """`flash_attn_func` on one tensor that holds Q, K and V; nothing is copied, nor is its gradient.
 
     Args:
         qkv: (batch, seqlen, 3, heads, head_dim).
@@ -166,8 +196,7 @@ def flash_attn_qkvpacked_func(
             f"qkv has shape {tuple(qkv.shape)}; it must be (batch, seqlen, 3, heads, head_dim); stack q, k "
             "and v in dimension 2."
         )
-    q, k, v = qkv.unbind(2)
-    return flash_attn_func(q, k, v, softmax_scale, causal, **options)
+    return _packed((qkv,), softmax_scale, causal, **options)
 
 
 def flash_attn_kvpacked_func(
@@ -177,7 +206,7 @@ def flash_attn_kvpacked_func(
     causal: bool = False,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`flash_attn_func` on Q and one tensor that holds K and V; nothing is copied.
+    """`flash_attn_func` on Q and one tensor that holds K and V; nothing is copied, nor are gradients.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim).
@@ -191,8 +220,25 @@ def flash_attn_kvpacked_func(
             f"kv has shape {tuple(kv.shape)}; it must be (batch, seqlen_k, 2, heads_kv, head_dim); stack k "
             "and v in dimension 2."
         )
-    k, v = kv.unbind(2)
-    return flash_attn_func(q, k, v, softmax_scale, causal, **options)
+    return _packed((q, kv), softmax_scale, causal, **options)
+
+
+def _packed(
+    tensors: tuple[torch.Tensor, ...],
+    softmax_scale: float | None,
+    causal: bool,
+    *,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+    recipe: Fp8Recipe | None = None,
+    **options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    for name in options.keys() - _NEUTRAL_VALUES.keys():
+        raise TypeError(f"{name} is no argument of flash_attn_func; leave it out.")
+    values = tuple(options.get(name, neutral[0]) for name, neutral in _NEUTRAL_VALUES.items())
+    out, lse = _attention(tensors, softmax_scale, causal, values, deterministic, backend, recipe)
+    return (out, lse) if return_lse else out
 
 
 def merge_attention(

@@ -2,27 +2,37 @@
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 
-from hopper_fa import emulator, emulator_fp8, kernels, quantize_kernels, reference
+from hopper_fa import emulator, emulator_backward, emulator_fp8, kernels, quantize_kernels, reference
 from hopper_fa.quantization import QuantizedQKV, quantize_qkv
 from hopper_fa.recipe import Fp8Recipe
-from hopper_fa.validation import check_forward, check_out_dtype, check_softmax
+from hopper_fa.validation import check_backward, check_forward, check_out_dtype, check_softmax, loadable
 
 BACKENDS = ("auto", "cuda", "emulator", "reference")
 ENVIRONMENT_VARIABLE = "HOPPER_FA_BACKEND"
 
 
+def unpack(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v, as views, of (q, k, v), of (q, kv) or of (qkv,); packed ones have them in dimension 2."""
+    if len(tensors) == 3:
+        return tuple(tensors)
+    *q, packed = tensors
+    return (*q, *packed.unbind(2))
+
+
 def run_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
     softmax_scale: float | None,
     causal: bool,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Check the inputs, choose the backend and compute attention on it.
+
+    Args:
+        tensors: see `unpack`.
 
     Returns:
         out: as q, contiguous; lse: (batch, heads_q, seqlen_q) float32, contiguous.
@@ -31,6 +41,7 @@ def run_forward(
         TypeError, ValueError: see `validation.check_forward`; unknown backend.
         RuntimeError: the backend cannot run on the tensors' device, or has no kernel for them.
     """
+    q, k, v = unpack(tensors)
     check_forward(q, k, v, softmax_scale, causal)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
@@ -43,19 +54,65 @@ def run_forward(
             kernels.forward(q, k, v, out, lse, softmax_scale, causal)
         return out, lse
     attention = emulator.attention_emulated if name == "emulator" else reference.attention_reference
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         out, lse = attention(q, k, v, softmax_scale, causal)
     return out.to(q.dtype).contiguous(), lse.float().contiguous()
 
 
-def run_recipe(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+def run_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
     softmax_scale: float | None,
     causal: bool,
-    recipe: Fp8Recipe,
+    deterministic: bool,
     backend: str | None,
+) -> list[torch.Tensor]:
+    """Gradients of what `run_forward` computed, or of the same attention in FP8.
+
+    Args:
+        dout, dlse: gradients of out and lse, of any strides; dlse None is zero.
+        tensors, softmax_scale, causal, backend: of the forward. out, lse: its results.
+        deterministic: the same bits every time; torch.use_deterministic_algorithms asks for it too.
+
+    Returns:
+        a contiguous gradient for every one of `tensors`.
+
+    Raises:
+        as `run_forward`; ValueError: see `validation.check_backward`.
+    """
+    q, k, v = unpack(tensors)
+    check_forward(q, k, v, softmax_scale, causal)
+    check_backward(dout, dlse, q, out, lse)
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+    results = unpack(gradients)
+    name = resolve(backend, q.device)
+    if name == "cuda":
+        dlse = None if dlse is None else dlse.contiguous()
+        inputs = (loadable(dout), q, k, v, loadable(out), lse.contiguous(), dlse)
+        kernels.backward(*inputs, *results, softmax_scale, causal, deterministic)
+        return gradients
+    differentiate = (
+        emulator_backward.gradients_emulated if name == "emulator" else reference.gradients_reference
+    )
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        computed = differentiate(dout, dlse, q, k, v, out, lse, softmax_scale, causal)
+        for result, gradient in zip(results, computed, strict=True):
+            result.copy_(gradient)
+    return gradients
+
+
+def run_recipe(
+    tensors: Sequence[torch.Tensor],
+    softmax_scale: float | None,
+    causal: bool,
+    backend: str | None,
+    recipe: Fp8Recipe,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`run_forward` with Q, K and V quantised by `recipe`; the backend "reference" leaves them as they are.
 
@@ -63,10 +120,11 @@ def run_recipe(
         TypeError, ValueError: see `validation.check_forward`; unknown backend.
         RuntimeError: the backend has no kernel for it.
     """
+    q, k, v = unpack(tensors)
     check_forward(q, k, v, softmax_scale, causal)
     name = resolve_fp8(backend, q.device)
     if name == "reference":
-        return run_forward(q, k, v, softmax_scale, causal, "reference")
+        return run_forward(tensors, softmax_scale, causal, "reference")
     quantize = quantize_kernels.quantize_qkv if name == "cuda" else quantize_qkv
     return run_quantized(quantize(q, k, v, recipe), softmax_scale, causal, q.dtype, name)
 
@@ -90,17 +148,17 @@ def run_quantized(
     check_softmax(softmax_scale, causal)
     check_out_dtype(out_dtype)
     name = resolve_fp8(backend, qkv.q.device)
-    with torch.no_grad():
+    if name == "cuda":
+        batch, seqlen_q, heads_q, _ = qkv.q.shape
+        out = qkv.q.new_empty((batch, seqlen_q, heads_q, qkv.head_dim), dtype=out_dtype)
+        lse = qkv.q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
+        if batch and seqlen_q:
+            scale = qkv.head_dim**-0.5 if softmax_scale is None else softmax_scale
+            kernels.forward_fp8(qkv, out, lse, scale, causal)
+        return out, lse
+    with torch.no_grad(), torch.autocast(qkv.q.device.type, enabled=False):
         if name == "emulator":
             return emulator_fp8.attention_fp8_emulated(qkv, softmax_scale, causal, out_dtype)
-        if name == "cuda":
-            batch, seqlen_q, heads_q, _ = qkv.q.shape
-            out = qkv.q.new_empty((batch, seqlen_q, heads_q, qkv.head_dim), dtype=out_dtype)
-            lse = qkv.q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
-            if batch and seqlen_q:
-                scale = qkv.head_dim**-0.5 if softmax_scale is None else softmax_scale
-                kernels.forward_fp8(qkv, out, lse, scale, causal)
-            return out, lse
         out, lse = emulator_fp8.attention_dequantized(qkv, softmax_scale, causal)
     return out.to(out_dtype).contiguous(), lse.float().contiguous()
 

@@ -1,4 +1,8 @@
-"""torch.library operator of the forward: schema, fake, autograd. torch.compile sees only this."""
+"""torch.library operators of forward and backward: schema, fake, autograd. torch.compile sees only these.
+
+Both take Q, K and V as a list of 3, 2 or 1 tensors (see `backend.unpack`), so that the gradient of a packed
+tensor is one tensor too.
+"""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -6,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hopper_fa.backend import run_forward
+from hopper_fa.backend import run_backward, run_forward, unpack
 from hopper_fa.validation import check_shapes
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -15,72 +19,178 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool, backend: str | None
+    tensors: tuple[Tensor, ...],
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """out (as q, contiguous) and lse (batch, heads_q, seqlen_q) float32, by the operator or around it.
 
-    NOTE: the operator's dispatch costs more CPU time than everything else in a call
+    NOTE: the operators' dispatch costs more CPU time than everything else in a call
     (tests/cpu/test_call_overhead.py), so plain eager calls go around it. Whatever has to see the operator
-    (torch.compile, autograd, function transforms, dispatch modes, tensor subclasses) does.
+    (torch.compile, function transforms, dispatch modes, tensor subclasses) does.
     """
+    if not _goes_around(tensors):
+        return torch.ops.hopper_fa.forward(tensors, softmax_scale, causal, deterministic, backend)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Attention.apply(run_forward, softmax_scale, causal, deterministic, backend, *tensors)
+    return run_forward(tensors, softmax_scale, causal, backend)
+
+
+def straight_through(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    tensors: tuple[Tensor, ...],
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """run(tensors, softmax_scale, causal, backend) with the gradients of the unquantised attention."""
+    return _Attention.apply(run, softmax_scale, causal, deterministic, backend, *tensors)
+
+
+def _goes_around(tensors: tuple[Tensor, ...]) -> bool:
     if (
-        not torch.compiler.is_compiling()
-        and type(q) is Tensor
-        and type(k) is Tensor
-        and type(v) is Tensor
-        and not ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
-        and not _dispatch_modes()
-        and _functorch_level() is None
-        and _tracing_state() is None
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _functorch_level() is not None
+        or _tracing_state() is not None
     ):
-        return run_forward(q, k, v, softmax_scale, causal, backend)
-    return torch.ops.hopper_fa.forward(q, k, v, softmax_scale, causal, backend)
+        return False
+    for t in tensors:
+        if type(t) is not Tensor:
+            if not isinstance(t, Tensor):
+                raise TypeError(
+                    f"an attention input is a {type(t).__name__}; it must be a torch.Tensor; convert it."
+                )
+            return False
+    return True
+
+
+class _Attention(torch.autograd.Function):
+    """What `forward` and the gradient of the operator are together, for eager calls."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[..., tuple[Tensor, Tensor]],
+        softmax_scale: float | None,
+        causal: bool,
+        deterministic: bool,
+        backend: str | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        output = run(tensors, softmax_scale, causal, backend)
+        _save(ctx, (tensors, softmax_scale, causal, deterministic, backend), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None, None, *(_gradients(ctx, dout, dlse) or ()))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, *ctx.options = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # a gradient of LSE that nobody asked for stays None
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> list[Tensor] | None:
+    *tensors, out, lse = ctx.saved_tensors
+    if dout is None:
+        if dlse is None:
+            return None
+        dout = out.new_zeros(out.shape[-1]).expand_as(out)
+    arguments = (dout, dlse, tensors, out, lse, *ctx.options)
+    # Graphs of graphs (create_graph=True) meet the operator, which says that there is no second derivative.
+    if torch.is_grad_enabled() or not _goes_around((dout, *tensors)):
+        return torch.ops.hopper_fa.backward(*arguments)
+    return run_backward(*arguments)
 
 
 @torch.library.custom_op(
     "hopper_fa::forward",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float? softmax_scale, bool causal, str? backend) "
+    schema="(Tensor[] qkv, float? softmax_scale, bool causal, bool deterministic, str? backend) "
     "-> (Tensor out, Tensor lse)",
 )
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool, backend: str | None
+    qkv: list[Tensor], softmax_scale: float | None, causal: bool, deterministic: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(q, k, v, softmax_scale, causal, backend)
+    return run_forward(qkv, softmax_scale, causal, backend)
 
 
 @_forward_op.register_fake
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool, backend: str | None
+    qkv: list[Tensor], softmax_scale: float | None, causal: bool, deterministic: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
+    q, k, v = unpack(qkv)
     check_shapes(q, k, v)
     batch, seqlen_q, heads_q, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> NoReturn:
+def _forward_gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    return _gradients(ctx, dout, dlse), None, None, None, None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output)
+
+
+_forward_op.register_autograd(_forward_gradient, setup_context=_setup_context)
+
+
+@torch.library.custom_op(
+    "hopper_fa::backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor[] qkv, Tensor out, Tensor lse, float? softmax_scale, "
+    "bool causal, bool deterministic, str? backend) -> Tensor[]",
+)
+def _backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    qkv: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    backend: str | None,
+) -> list[Tensor]:
+    return run_backward(dout, dlse, qkv, out, lse, softmax_scale, causal, deterministic, backend)
+
+
+@_backward_op.register_fake
+def _backward_fake(dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], *_: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in qkv]
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
     raise NotImplementedError(
-        "a gradient through hopper_fa attention was asked for; the backward is not built yet; call it under "
-        "torch.no_grad(), or detach q, k and v."
+        "a second derivative of hopper_fa attention was asked for; only the first is built; leave out "
+        "create_graph=True, or use attention_reference, which can be differentiated again."
     )
 
 
-_forward_op.register_autograd(_backward)
+_backward_op.register_autograd(_no_second_derivative)
 
 
-class _WithoutBackward(torch.autograd.Function):
+class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return run()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        _backward(ctx, *grads)
+        raise NotImplementedError(
+            "a gradient of attention over float8 tensors was asked for; it has none; pass bfloat16 or "
+            "float16 tensors and a recipe, whose gradient is straight-through, or call it under "
+            "torch.no_grad()."
+        )
 
 
-def without_backward(run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """run(), whose outputs depend on `inputs` as far as autograd is concerned; the backward raises.
-
-    For what is no operator yet: the calls in FP8.
-    """
-    return _WithoutBackward.apply(run, *inputs)
+def without_gradient(run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """run(), whose outputs depend on `inputs` as far as autograd is concerned; the backward raises."""
+    return _WithoutGradient.apply(run, *inputs)

@@ -30,6 +30,27 @@ def check_forward(
     check_softmax(softmax_scale, causal)
 
 
+def check_backward(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """What the backward takes besides q, k and v; of any strides.
+
+    Raises:
+        ValueError: dout or out is not like q, or dlse or lse is not (batch, heads_q, seqlen_q) float32.
+    """
+    batch, seqlen_q, heads_q, _ = q.shape
+    rows = (batch, heads_q, seqlen_q)
+    for name, t in (("dout", dout), ("out", out), ("lse", lse), ("dlse", dlse)):
+        if t is None:
+            continue
+        shape, dtype = (rows, torch.float32) if name.endswith("lse") else (q.shape, q.dtype)
+        if t.shape != shape or t.dtype != dtype or t.device != q.device:
+            raise ValueError(
+                f"{name} is {t.dtype} of shape {tuple(t.shape)} on {t.device}; it must be {dtype} of shape "
+                f"{tuple(shape)} on {q.device}; convert or move it."
+            )
+
+
 def check_softmax(softmax_scale: float | None, causal: bool) -> None:
     """The arguments of an attention call that are no tensors.
 
@@ -165,6 +186,15 @@ def check_memory(name: str, t: torch.Tensor) -> None:
             f"{name} starts {t.data_ptr() & 15} bytes past a multiple of 16 bytes; its data must be 16-byte "
             f"aligned; call {name}.clone()."
         )
+
+
+def loadable(t: torch.Tensor) -> torch.Tensor:
+    """t, or a contiguous copy of it if TMA cannot take its strides or alignment (see `check_memory`)."""
+    try:
+        check_memory("", t)
+    except ValueError:
+        return t.clone(memory_format=torch.contiguous_format)
+    return t
 
 
 def _bad_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> NoReturn:

@@ -125,6 +125,85 @@ def assert_accurate(
     torch.testing.assert_close(lse.double(), ref_lse, atol=1e-3, rtol=1e-6)
 
 
+def random_gradients(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal gradients of out, as q, and of lse, from torch's own generator of q's device."""
+    batch, seqlen_q, heads_q, _ = q.shape
+    dlse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.randn_like(q), torch.randn((batch, heads_q, seqlen_q), dtype=dlse_dtype, device=q.device)
+
+
+def gradients_float64(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv by autograd through `attention_reference`."""
+    leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    out, lse = attention_reference(*leaves, softmax_scale, causal)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse.double()
+    return torch.autograd.grad((out, lse), leaves, (dout.double(), dlse))
+
+
+def unfused_gradients(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv of `unfused_attention`: torch's autograd with every intermediate in the inputs' own dtype.
+
+    That of dlse is added in float64: unfused attention has no LSE, and the yardstick only gets better.
+    """
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = unfused_attention(*leaves, softmax_scale, causal)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    if dlse is None:
+        return gradients
+    extra = gradients_float64(torch.zeros_like(dout), dlse, q, k, v, softmax_scale, causal)
+    return tuple((a + b).to(a.dtype) for a, b in zip(gradients, extra, strict=True))
+
+
+def assert_gradients_accurate(
+    gradients: tuple[torch.Tensor, ...],
+    problem: tuple,
+    *,
+    names: str = "qkv",
+) -> None:
+    """FlashAttention's rule on dq, dk and dv: at most twice the error of `unfused_gradients` against float64.
+
+    Args:
+        gradients: dq, dk, dv. problem: (dout, dlse, q, k, v, softmax_scale, causal).
+
+    As in `assert_accurate`, one unit in the last place of the largest gradient is granted besides; and a
+    hundredth of one of the largest dout, for gradients that are all zero but for roundings: a row's gradients
+    of the scores cancel when it sees one key.
+    """
+    dout, _, q, k, v, *_ = problem
+    wanted = gradients_float64(*problem)
+    yardsticks = unfused_gradients(*problem)
+    eps = torch.finfo(q.dtype).eps
+    for name, t, got, yardstick, want in zip(names, (q, k, v), gradients, yardsticks, wanted, strict=True):
+        assert got.dtype == t.dtype and got.shape == t.shape
+        assert got.isfinite().all(), f"d{name} holds NaN or inf"
+        if want.numel() == 0:
+            continue
+        ours, theirs = error_metrics(got, want), error_metrics(yardstick, want)
+        last_place = eps * want.abs().max().item()
+        cancelled = 0.01 * eps * dout.abs().max().item()
+        for metric in ("max_abs", "rmse"):
+            allowed = 2 * theirs[metric] + last_place + cancelled
+            assert ours[metric] <= allowed, (
+                f"d{name}: {metric} {ours[metric]:.3e} exceeds {allowed:.3e} ({theirs=})"
+            )
+
+
 def in_nan(t: torch.Tensor) -> torch.Tensor:
     """A strided copy of `t` (4 dimensions, last one contiguous) whose neighbours in memory are all NaN.
 

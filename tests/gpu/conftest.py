@@ -28,14 +28,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
-def instance(request: pytest.FixtureRequest) -> None:
-    """Skip a test whose (dtype, head dim, variant), read off its parameters, this build does not hold."""
+def skip_unless_built(request: pytest.FixtureRequest, family: str) -> None:
+    """By (dtype, head dim, variant), read off the test's parameters."""
     parameters = request.node.callspec.params
     case = parameters.get("case")
     head_dim = parameters.get("head_dim", case.head_dim if case else 128)
     dtype = parameters.get("dtype", "bf16")
     variant = parameters.get("variant", "default")
-    tile = kernels.forward_tile(head_dim, variant)
+    tile = getattr(kernels, f"{family}_tile")(head_dim, variant)
     if dtype not in tile["dtypes"]:
-        pytest.skip(f"this build holds no {dtype} kernel for head_dim {tile['head_dim']} ({variant})")
+        pytest.skip(f"this build holds no {dtype} {family} for head_dim {tile['head_dim']} ({variant})")
+
+
+@pytest.fixture
+def instance(request: pytest.FixtureRequest) -> None:
+    """Skip a test whose forward kernel this build does not hold."""
+    skip_unless_built(request, "forward")
+
+
+@pytest.fixture
+def backward_instance(request: pytest.FixtureRequest) -> None:
+    """Skip a test whose backward kernel this build does not hold."""
+    skip_unless_built(request, "backward")

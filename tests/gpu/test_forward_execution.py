@@ -178,15 +178,9 @@ def test_compile_fullgraph(compiler: str, seed: int) -> None:
 def test_operator_contract(causal: bool, seed: int) -> None:
     q, k, v = Case(2, 4, 2, 113, 239, 64, causal).qkv(torch.bfloat16, seed, "cuda")
     operator = torch.ops.hopper_fa.forward.default
-    torch.library.opcheck(operator, (q, k, v, 0.125, causal, None))
-    assert same(operator(q, k, v, 0.125, causal, None), attend(q, k, v, causal))
-
-
-def test_gradient_is_refused(seed: int) -> None:
-    q, k, v = (t.requires_grad_() for t in Case(head_dim=64).qkv(torch.bfloat16, seed, "cuda"))
-    out = flash_attn_func(q, k, v)
-    with pytest.raises(NotImplementedError, match="backward"):
-        out.sum().backward()
+    arguments = ([q, k, v], 0.125, causal, False, None)
+    torch.library.opcheck(operator, arguments)
+    assert same(operator(*arguments), attend(q, k, v, causal))
 
 
 def test_empty_batch_and_no_queries(seed: int) -> None:
