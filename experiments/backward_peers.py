@@ -1,9 +1,9 @@
 """The implementations of backward attention that backward_speed.py compares, each behind one adapter.
 
-As in peers.py: a peer is used if a plain import finds it, all get the same tensors, and what a training loop
-does once (forward, gradients' memory, graphs, workspaces) is done before the timed part. A timed call of
-"backward" and "deterministic" is the peer's own backward operator, without autograd; "combined" is forward and
-backward, through autograd where the peer's package offers it.
+As in peers.py: a peer is used if a plain import finds it, all get the same tensors, and the forward, the
+gradients' memory, graphs and workspaces are prepared before the timed part. A timed call of "backward" and
+"deterministic" is the peer's own backward operator, without autograd; "combined" is forward and backward,
+through autograd where the peer's package offers it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GradientCall = Callable[[], Gradients]
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one backward: q, k, v and the gradient of the output, all (batch, seqlen, heads, head_dim)."""
+    """Inputs of one backward: q, k, v and the output's gradient, (batch, seqlen, heads, head_dim) each."""
 
     shape: Shape
     q: torch.Tensor

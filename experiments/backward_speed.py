@@ -45,7 +45,7 @@ Ratios = dict[Shape, dict[str, float]]
 def measure_shape(
     shape: Shape, peers: list[BackwardPeer], options: argparse.Namespace, monitor: GpuMonitor, seed: int
 ) -> list[dict]:
-    """One row a peer and mode, with "error" in place of a time if it failed; `options.share` seconds at most."""
+    """One row a peer and mode, "error" in place of a time if it failed; at most `options.share` seconds."""
     problem = Problem.random(shape, seed)
     if shape.seqlen not in options.fa4_seqlens:
         peers = [peer for peer in peers if peer.name != "fa4"]
@@ -191,8 +191,8 @@ def readme_section(result: dict) -> str:
             mean, low = (facts[f"{mode}_ours_over_best_{what}"] for what in ("geomean", "min"))
             parts.append(f"{mode} {mean:.2f} (lowest {low:.2f}, {facts[f'{mode}_shapes']} shapes)")
     lines = [
-        f"{result['device'].get('gpu')}, commit {result['made']['commit'][:10]}. Ours over the fastest peer of",
-        f"the same process, geometric mean: {'; '.join(parts)}. TFLOP/s of the backward, in brackets that",
+        f"{result['device'].get('gpu')}, commit {result['made']['commit'][:10]}. Ours over the fastest peer",
+        f"of the same process, geometric mean: {'; '.join(parts)}. TFLOP/s of the backward, in brackets that",
         "ratio and the peer, then the same deterministic:",
         "",
     ]
