@@ -320,10 +320,7 @@ Subject = tuple[str, str]  # peer, mode
 
 
 def prepare_checked(
-    peers: Iterable[BackwardPeer],
-    problem: Problem,
-    modes: Iterable[str],
-    synchronize: Callable[[], None] = torch.cuda.synchronize,
+    peers: Iterable[BackwardPeer], problem: Problem, modes: Iterable[str]
 ) -> tuple[dict[Subject, GradientCall], dict[Subject, str]]:
     """Prepare every peer in every mode and compare the gradients, so that nothing wrong is timed.
 
@@ -345,7 +342,7 @@ def prepare_checked(
         try:
             call = peer.prepare(problem, mode)
             gradients = [t.detach().clone() for t in call()]
-            synchronize()
+            torch.cuda.synchronize()
             same_bits = mode != "deterministic" or all(
                 torch.equal(x, y) for x, y in zip(gradients, call(), strict=True)
             )

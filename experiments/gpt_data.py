@@ -50,7 +50,7 @@ def installed_roots() -> list[Path]:
 
 
 def text_files(roots: Iterable[Path]) -> Iterator[Path]:
-    """Text files below the roots in sorted order; a package folder inside another root comes only as itself."""
+    """Text files below the roots in sorted order; a root inside another one comes only once, as itself."""
     roots = list(roots)
     for root in roots:
         for folder, folders, names in os.walk(root):
@@ -109,8 +109,8 @@ class Batches:
         self.in_epoch = self.windows // batch
         if self.in_epoch == 0:
             raise ValueError(
-                f"{len(tokens)} tokens hold {self.windows} windows of {context}, less than a batch of {batch}; "
-                "pass a smaller batch or more text"
+                f"{len(tokens)} tokens hold {self.windows} windows of {context}, less than a batch "
+                f"of {batch}; pass a smaller batch or more text"
             )
         self._epoch, self._order = -1, torch.empty(0)
 

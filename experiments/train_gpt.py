@@ -1,13 +1,13 @@
-"""A GPT trained with torch's flash attention, with ours, and with ours and an FP8 forward: same seed, same data.
+"""A GPT trained with torch's flash attention, with ours, and with our FP8 forward: same seed, same data.
 
     python experiments/train_gpt.py                               # 300 steps of 32k tokens, context 1024, d64
     python experiments/train_gpt.py --model gpt-d128              # context 8192, d128
     python experiments/train_gpt.py --steps 3000 --checkpoint-every 500 --resume
     python experiments/train_gpt.py --redraw experiments/results/train_gpt.json
 
-BF16 autocast over FP32 weights, fused AdamW. The variants take turns of some steps each in one process, so that
-all see the same clocks. Text: gpt_data.py. Writes JSON (a row a step), CSV and PNG; --readme writes README.md's
-table from the JSON. Without a GPU it trains the model "tiny" on the emulator.
+BF16 autocast over FP32 weights, fused AdamW. The variants take turns of some steps each in one process, so
+that all see the same clocks. Text: gpt_data.py. Writes JSON (a row a step), CSV and PNG; --readme writes
+README.md's table from the JSON. Without a GPU it trains the model "tiny" on the emulator.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def train(options: argparse.Namespace, corpus: Corpus, device: torch.device) -> 
 
 
 def summary(rows: list[dict], tokens_of_step: int) -> dict[str, dict[str, float]]:
-    """For every variant: speed (median step), losses at the end, and both beside those of torch's attention."""
+    """For every variant: speed (median step) and losses at the end, and both beside torch's attention."""
     found: dict[str, dict[str, float]] = {}
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
@@ -274,19 +274,22 @@ def plot(result: dict, path: Path) -> None:
     for axis in (loss, difference, norm):
         axis.set_xlabel("step")
     settings = result["settings"]
-    text = f"{settings['model']}: {settings['layers']} layers, width {settings['width']}, {settings['heads']} heads,"
-    text += f" context {settings['context']}, {result['tokens_of_step']} tokens a step, BF16 autocast"
+    text = f"{_sizes(settings)}, {result['tokens_of_step']} tokens a step, BF16 autocast"
     figure.suptitle(f"{text}\n{results.subtitle(result)}", fontsize=11, x=0.01, ha="left")
     results.save_figure(figure, path)
+
+
+def _sizes(settings: dict) -> str:
+    sizes = f"{settings['layers']} layers, width {settings['width']}, {settings['heads']} heads"
+    return f"{settings['model']}: {sizes}, context {settings['context']}"
 
 
 def readme_section(result: dict) -> str:
     """README.md's table and figure of a result."""
     settings = result["settings"]
     lines = [
-        f"`{result['made']['command']}`: {settings['model']}, {settings['layers']} layers, width",
-        f"{settings['width']}, {settings['heads']} heads, context {settings['context']}, {settings['steps']} steps of",
-        f"{result['tokens_of_step']} tokens; {result['device'].get('gpu') or 'CPU'}.",
+        f"{_sizes(settings)}.",
+        f"{settings['steps']} steps of {result['tokens_of_step']} tokens, {results.subtitle(result)}.",
         "",
         "| attention | tokens/s | over SDPA | held-out loss | minus SDPA's |",
         "|---|---|---|---|---|",
