@@ -25,10 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {  # flag: (script, seconds it may take, what it does)
     "speed": ("forward_speed.py", 420, "forward beside its peers"),
+    "backward": ("backward_speed.py", 420, "backward beside its peers"),
     "fp8": ("fp8_speed.py", 420, "FP8 forward beside its peers"),
     "probe": ("accumulator_probe.py", 60, "how the FP8 tensor core adds"),
     "ablation": ("forward_ablation.py", 120, "what each part of the schedule is worth"),
     "tiles": ("forward_tiles.py", 600, "every built tile, each checked in a process of its own"),
+    "train": ("train_gpt.py", 240, "a GPT trained with each attention"),
     "memory": ("memory.py", 90, "peak memory"),
     "overhead": ("overhead.py", 60, "CPU time of a call"),
     "quantize": ("quantize_speed.py", 120, "quantisation beside a device copy"),

@@ -169,11 +169,17 @@ class CudnnForward:
         build_graph(graph)
         self.graph, self.out, self.stats = graph, out, stats
 
-    def bind(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
-        """The call that runs the graph on these tensors, current stream, into outputs allocated here."""
+    def bind(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stats: torch.Tensor | None = None
+    ) -> Call:
+        """The call that runs the graph on these tensors, current stream, into an output allocated here.
+
+        stats: (batch, heads, seqlen, 1) float32, the LSE, written; None allocates it here too.
+        """
         batch, seqlen, heads, _ = q.shape
         out = torch.empty_like(q)
-        stats = torch.empty(batch, heads, seqlen, 1, dtype=torch.float32, device=q.device)
+        if stats is None:
+            stats = torch.empty(batch, heads, seqlen, 1, dtype=torch.float32, device=q.device)
         tensors = {self.q: q, self.k: k, self.v: v, self.out: out, self.stats: stats}
         return graph_call(self.graph, self.handle, tensors, out)
 

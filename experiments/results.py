@@ -153,6 +153,20 @@ def ceiling_line(result: dict) -> str:
     return f"bf16 8192 matmul: {before:.0f} TFLOP/s before, {after:.0f} after"
 
 
+def write_section(path: Path, name: str, text: str) -> None:
+    """Put `text` between the lines <!-- NAME --> and <!-- /NAME --> of a Markdown file.
+
+    Raises:
+        ValueError: the file does not hold both lines.
+    """
+    opening, closing = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = path.read_text().partition(opening)
+    _, ended, after = rest.partition(closing)
+    if not found or not ended:
+        raise ValueError(f"{path} has no lines {opening.strip()} and {closing}; add them around the section")
+    path.write_text(f"{before}{opening}{text}\n{closing}{after}")
+
+
 def subtitle(result: dict) -> str:
     """One line under a figure's title: GPU, driver, torch, commit."""
     device, made = result.get("device", {}), result.get("made", {})
