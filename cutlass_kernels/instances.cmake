@@ -41,8 +41,6 @@ set(HOPPER_FA_BACKWARD_INSTANCES
     "bf16|64|default"
     "bf16|128|default"
     "bf16|256|default"
-    "bf16|256|deterministic"
     "fp16|64|default"
     "fp16|128|default"
-    "fp16|256|default"
-    "fp16|256|deterministic")
+    "fp16|256|default")

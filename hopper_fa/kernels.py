@@ -240,8 +240,6 @@ def backward(
     batch, seqlen_q, heads_q, head_dim = q.shape
     _, seqlen_k, heads_kv, _ = k.shape
     tile = backward_tile(head_dim, variant)
-    if deterministic and not tile["staged"]:
-        tile = backward_tile(head_dim, "deterministic")
     if DTYPE_NAMES[q.dtype] not in tile["dtypes"]:
         raise RuntimeError(_not_built(q.dtype, head_dim, variant, "backward", BACKWARD_TILES))
     index = q.device.index

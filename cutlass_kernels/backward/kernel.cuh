@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
     if (warp == 0) load_blocks<Traits>(args, shared);
-    if (Traits::kStaged && warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
+    if (warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kTile.consumer_registers>();
     using Mainloop = std::conditional_t<Traits::kSplit, SplitMainloop<Traits>, KeysMainloop<Traits>>;

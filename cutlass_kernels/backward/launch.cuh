@@ -26,7 +26,6 @@ bool allow_shared_memory(Device device) {
 template <DType kDType, int kTileIndex>
 Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stream) {
   using Traits = BackwardTraits<kDType, kTileIndex>;
-  if (p.deterministic && !Traits::kStaged) return Status::kInvalidArgument;
 
   BackwardArguments args;
   args.out = p.out, args.dout_rows = p.dout;
@@ -37,7 +36,7 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   args.heads_q = p.heads_q, args.q_heads_per_kv = p.heads_q / p.heads_kv;
   args.m_blocks = ceil_div(p.seqlen_q, Traits::kBlockM);
   args.n_blocks = ceil_div(p.seqlen_k, Traits::kBlockN);
-  args.group_size = p.deterministic ? device.sms : 1;
+  args.group_size = p.deterministic ? min_int(device.sms, kMaxGroup) : 1;
   args.scale_log2 = p.softmax_scale * 1.44269504088896341f;
   args.softmax_scale = p.softmax_scale;
   args.causal = p.causal;

@@ -39,7 +39,6 @@ class KeysMainloop {
 
   Gradient dk_, dv_;
   Scores s_;
-  bool started_ = false;
 
  public:
   __device__ KeysMainloop(BackwardArguments const& args, Shared& shared, int warpgroup)
@@ -75,38 +74,34 @@ class KeysMainloop {
   __device__ __forceinline__ void one_step(int m) {
     int const q_slot = q_ring_.slot, do_slot = do_ring_.slot;
     FullBarrier::wait(&shared_.do_full[do_slot], do_ring_.phase);
-    half_step<0, kMore>(m, q_slot, do_slot);
-    if constexpr (Traits::kParts == 2) half_step<1, kMore>(m, q_slot, do_slot);
+    half_step<0>(m, q_slot, do_slot);
+    if constexpr (Traits::kParts == 2) half_step<1>(m, q_slot, do_slot);
     tma_store_fence();
-    meet();
-    warpgroup_wait<kMore ? 2 : 1>();  // dV
+    warpgroup_wait<1>();  // dV
     arrive_warp(shared_.do_empty[do_slot]);
+    q_ring_.advance();
     do_ring_.advance();
+    if constexpr (kMore) issue_s();
+    meet();
     wait_product<0>(s_);  // and dK
     arrive_warp(shared_.q_empty[q_slot]);
     Chunk dq;
     issue_dq<Traits>(shared_.ds[ds_ring_.slot], shared_.k, warpgroup_, dq);
-    ds_ring_.advance();
     wait_product<0>(dq);
     leave_dq(dq);
+    ds_ring_.advance();
     if constexpr (!kMore) {
-      give_dq();
       warpgroup_fence_operand(dk_);
       warpgroup_fence_operand(dv_);
     }
   }
 
   // 64 of the step's queries.
-  template <int kPart, bool kMore>
+  template <int kPart>
   __device__ __forceinline__ void half_step(int m, int q_slot, int do_slot) {
     Part dp;
     issue_product(typename Traits::template MmaScores<64>{}, key_rows<Traits>(shared_.v, 64 * warpgroup_),
                   query_rows<Traits, 64>(shared_.dout[do_slot], 64 * kPart), dp, false);
-    if constexpr (kPart == 0) {
-      // NOTE: here and not where dQ was left, because the fence takes 250 clocks, which dP now hides.
-      if (started_) give_dq();
-      started_ = true;
-    }
     make_probabilities<kPart>(m, shared_.bias[q_slot]);
     Operand p, ds;
     CUTE_UNROLL
@@ -123,10 +118,6 @@ class KeysMainloop {
                                    *reinterpret_cast<float2 const*>(delta + i / 4 * 8));
     issue_product(typename Traits::MmaKeys{}, ds, query_columns<Traits>(shared_.q[q_slot], 64 * kPart), dk_,
                   true);
-    if constexpr (kPart == Traits::kParts - 1) {
-      q_ring_.advance();
-      if constexpr (kMore) issue_s();
-    }
     write_ds(ds, shared_.ds[ds_ring_.slot] + (kPart * kBlockN + 64 * warpgroup_) * 64);
   }
 
@@ -148,13 +139,11 @@ class KeysMainloop {
                   query_rows<Traits, kBlockM>(shared_.q[q_ring_.slot], 0), s_, false);
   }
 
-  // Leaves a chunk of dQ for the adding warp; give_dq() tells it.
+  // Gives a chunk of dQ to the adding warp.
   __device__ __forceinline__ void leave_dq(Chunk const& dq) {
     EmptyBarrier::wait(&shared_.dq_empty[warpgroup_], dq_phase_);
     dq_phase_ ^= 1;
     put_chunk(dq, shared_.dq[warpgroup_]);
-  }
-  __device__ __forceinline__ void give_dq() {
     tma_store_fence();
     arrive_warp(shared_.dq_full[warpgroup_]);
   }

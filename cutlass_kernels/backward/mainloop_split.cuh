@@ -18,8 +18,10 @@ class SplitMainloop {
   using Element = typename Traits::Element;
   using Shared = typename Traits::SharedStorage;
   static constexpr int kHeadDim = Traits::kHeadDim;
-  static constexpr bool kStaged = Traits::kStaged;
   static_assert(Traits::kBlockM == 64 && Traits::kBlockN == 64);
+  // What flips once a step has one phase bit: phase_.
+  static_assert(Traits::kTile.do_stages == 1 && Traits::kTile.ds_stages == 1 &&
+                Traits::kWarpgroupChunks == 2);
   using Scores = decltype(partition_fragment_C(typename Traits::template MmaScores<64>{}, Shape<_64, _64>{}));
   using Gradient = decltype(partition_fragment_C(typename Traits::MmaKeys{}, Shape<_64, Int<kHeadDim>>{}));
   using Operand = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
@@ -30,10 +32,7 @@ class SplitMainloop {
   int const warpgroup_;
   KeyTile const tile_;
   RingCursor<Traits::kTile.q_stages> q_ring_;
-  RingCursor<Traits::kTile.do_stages> do_ring_;
-  RingCursor<Traits::kTile.ds_stages> ds_ring_;
-  uint32_t p_phase_ = 0;
-  uint32_t dq_phase_ = 1;
+  uint32_t phase_ = 0;
 
  public:
   __device__ SplitMainloop(BackwardArguments const& args, Shared& shared, int warpgroup)
@@ -58,12 +57,12 @@ class SplitMainloop {
       issue_scores<kWarpgroup>(scores);
       if constexpr (kWarpgroup == 1) FullBarrier::wait(&shared_.k_full, 0);
       wait_product<0>(scores);
-      int head = tile_.head * args_.q_heads_per_kv, step = 0;
+      int step = 0;
       for (int left = args_.q_heads_per_kv * count; left > 1; --left) {
-        one_step<kWarpgroup, true>(head, tile_.walk.block(step), scores, sum);
-        if (++step == count) step = 0, ++head;
+        one_step<kWarpgroup, true>(tile_.walk.block(step), scores, sum);
+        if (++step == count) step = 0;
       }
-      one_step<kWarpgroup, false>(head, tile_.walk.block(step), scores, sum);
+      one_step<kWarpgroup, false>(tile_.walk.block(count - 1), scores, sum);
       warpgroup_fence_operand(sum);
     }
     store_rows<Element>(kWarpgroup == 0 ? args_.dv : args_.dk, tile_.batch, tile_.head,
@@ -71,27 +70,27 @@ class SplitMainloop {
                         kWarpgroup == 0 ? 1.f : args_.softmax_scale);
   }
 
-  // On entry the scores of the query block are there, on exit those of the next one, if there is one (kMore).
+  // On entry the scores of query block m are there, on exit those of the next one, if there is one (kMore).
   template <int kWarpgroup, bool kMore>
-  __device__ __forceinline__ void one_step(int head, int m, Scores& scores, Gradient& sum) {
-    int const q_slot = q_ring_.slot, do_slot = do_ring_.slot;
+  __device__ __forceinline__ void one_step(int m, Scores& scores, Gradient& sum) {
+    int const q_slot = q_ring_.slot;
     Operand operand;
     if constexpr (kWarpgroup == 0) {
       probabilities(args_, tile_.n_block * Traits::kBlockN, m * Traits::kBlockM, shared_.bias[q_slot],
                     scores);
       arrive_warp(shared_.q_empty[q_slot]);
-      EmptyBarrier::wait(&shared_.p_empty, p_phase_ ^ 1);
+      EmptyBarrier::wait(&shared_.p_empty, phase_ ^ 1);
       put_chunk(scores, shared_.p);
       arrive_warp(shared_.p_full);
       CUTE_UNROLL
       for (int i = 0; i < 32; i += 2)
         recast<uint32_t>(operand)(i / 2) = round_pair<Element>(scores(i), scores(i + 1));
-      FullBarrier::wait(&shared_.do_full[do_slot], do_ring_.phase);
-      issue_product(typename Traits::MmaKeys{}, operand, query_columns<Traits>(shared_.dout[do_slot], 0), sum,
+      FullBarrier::wait(&shared_.do_full[0], phase_);
+      issue_product(typename Traits::MmaKeys{}, operand, query_columns<Traits>(shared_.dout[0], 0), sum,
                     true);
     } else {
-      EmptyBarrier::wait(&shared_.p_full, p_phase_);
-      float const* const delta = shared_.delta[do_slot] + 2 * (threadIdx.x % 4);
+      EmptyBarrier::wait(&shared_.p_full, phase_);
+      float const* const delta = shared_.delta[0] + 2 * (threadIdx.x % 4);
       CUTE_UNROLL
       for (int octet = 0; octet < 8; ++octet) {
         float4 const p = reinterpret_cast<float4 const*>(shared_.p)[octet * 128 + threadIdx.x % 128];
@@ -102,68 +101,52 @@ class SplitMainloop {
             score_gradients<Element>(p.z, p.w, scores(i + 2), scores(i + 3), d);
       }
       arrive_warp(shared_.p_empty);
-      arrive_warp(shared_.do_empty[do_slot]);
+      arrive_warp(shared_.do_empty[0]);
       FullBarrier::wait(&shared_.q_full[q_slot], q_ring_.phase);
       issue_product(typename Traits::MmaKeys{}, operand, query_columns<Traits>(shared_.q[q_slot], 0), sum,
                     true);
-      EmptyBarrier::wait(&shared_.ds_empty[ds_ring_.slot], ds_ring_.phase ^ 1);
-      write_ds(operand, shared_.ds[ds_ring_.slot]);
+      EmptyBarrier::wait(&shared_.ds_empty[0], phase_ ^ 1);
+      write_ds(operand, shared_.ds[0]);
       tma_store_fence();
-      arrive_warp(shared_.ds_full[ds_ring_.slot]);
+      arrive_warp(shared_.ds_full[0]);
     }
-    p_phase_ ^= 1;
     q_ring_.advance();
-    do_ring_.advance();
-    // NOTE: with one stage of dO the next block comes only once this one's dV is done, so dP is issued last.
-    // Before the first chunk there would be no registers for it.
-    constexpr bool kEarly = kWarpgroup == 0 || Traits::kTile.do_stages > 1;
-    EmptyBarrier::wait(&shared_.ds_full[ds_ring_.slot], ds_ring_.phase);
-    Element const* const ds = shared_.ds[ds_ring_.slot];
-    // NOTE: one chunk after the other: two have no room beside the scores.
-    CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      Chunk dq;
-      issue_dq<Traits>(ds, shared_.k, 2 * kWarpgroup + i, dq);
-      wait_product<0>(dq);
-      if (i == 0) arrive_warp(kWarpgroup == 0 ? shared_.do_empty[do_slot] : shared_.q_empty[q_slot]);
-      if (i == 1) arrive_warp(shared_.ds_empty[ds_ring_.slot]);
-      add_dq_chunk(head, m, 2 * kWarpgroup + i, dq);
-      if constexpr (kMore && kEarly) {
-        if (i == 0) issue_scores<kWarpgroup>(scores);
-      }
-    }
-    ds_ring_.advance();
-    if constexpr (kMore && !kEarly) issue_scores<kWarpgroup>(scores);
+    EmptyBarrier::wait(&shared_.ds_full[0], phase_);
+    // NOTE: one chunk after the other, and the next scores not before the first of them: there are no
+    // registers for more. dP is last, because its dO comes only when this step's dV is done.
+    add_dq<kWarpgroup, 0>(kWarpgroup == 0 ? shared_.do_empty[0] : shared_.q_empty[q_slot]);
+    if constexpr (kMore && kWarpgroup == 0) issue_scores<0>(scores);
+    add_dq<kWarpgroup, 1>(shared_.ds_empty[0]);
+    phase_ ^= 1;
+    if constexpr (kMore && kWarpgroup == 1) issue_scores<1>(scores);
     wait_product<0>(scores);
   }
 
-  // S^T of the block at q_ring_, or dP^T of the one at do_ring_.
+  // S^T of the query block at q_ring_, or dP^T of the next one of dO.
   template <int kWarpgroup>
   __device__ __forceinline__ void issue_scores(Scores& scores) {
-    if constexpr (kWarpgroup == 0) {
+    Element const* const queries = kWarpgroup == 0 ? shared_.q[q_ring_.slot] : shared_.dout[0];
+    if constexpr (kWarpgroup == 0)
       FullBarrier::wait(&shared_.q_full[q_ring_.slot], q_ring_.phase);
-      issue_product(typename Traits::template MmaScores<64>{}, key_rows<Traits>(shared_.k, 0),
-                    query_rows<Traits, 64>(shared_.q[q_ring_.slot], 0), scores, false);
-    } else {
-      FullBarrier::wait(&shared_.do_full[do_ring_.slot], do_ring_.phase);
-      issue_product(typename Traits::template MmaScores<64>{}, key_rows<Traits>(shared_.v, 0),
-                    query_rows<Traits, 64>(shared_.dout[do_ring_.slot], 0), scores, false);
-    }
+    else
+      FullBarrier::wait(&shared_.do_full[0], phase_);
+    issue_product(typename Traits::template MmaScores<64>{},
+                  key_rows<Traits>(kWarpgroup == 0 ? shared_.k : shared_.v, 0),
+                  query_rows<Traits, 64>(queries, 0), scores, false);
   }
 
-  // NOTE: straight to global memory, because a stage of dO or a place for dQ is all that shared memory holds.
-  // Deterministic mode cannot, since it must wait for its turn.
-  __device__ __forceinline__ void add_dq_chunk(int head, int m, int chunk, Chunk const& dq) {
-    if constexpr (kStaged) {
-      EmptyBarrier::wait(&shared_.dq_empty[warpgroup_], dq_phase_);
-      dq_phase_ ^= 1;
-      put_chunk(dq, shared_.dq[warpgroup_]);
-      tma_store_fence();
-      arrive_warp(shared_.dq_full[warpgroup_]);
-    } else {
-      int64_t const block = static_cast<int64_t>(tile_.batch * args_.heads_q + head) * args_.m_blocks + m;
-      add_chunk(dq, args_.dq_sum + (block * Traits::kChunks + chunk) * kChunk);
-    }
+  // Chunk kIndex of the warpgroup's two of dQ. Once it is there, the product before it is done too: `done` is
+  // what either has read.
+  template <int kWarpgroup, int kIndex>
+  __device__ __forceinline__ void add_dq(uint64_t& done) {
+    Chunk dq;
+    issue_dq<Traits>(shared_.ds[0], shared_.k, 2 * kWarpgroup + kIndex, dq);
+    wait_product<0>(dq);
+    arrive_warp(done);
+    EmptyBarrier::wait(&shared_.dq_empty[kWarpgroup], kIndex ^ 1);
+    put_chunk(dq, shared_.dq[kWarpgroup]);
+    tma_store_fence();
+    arrive_warp(shared_.dq_full[kWarpgroup]);
   }
 };
 

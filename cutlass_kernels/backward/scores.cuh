@@ -99,23 +99,13 @@ __device__ __forceinline__ void write_ds(Operand const& ds, Element* first_row) 
   }
 }
 
-// A chunk in fragment order, 16 bytes a thread and octet of columns: to shared memory, or added to global
-// memory.
+// A chunk to shared memory in fragment order, 16 bytes a thread and octet of columns.
 template <class Chunk>
 __device__ __forceinline__ void put_chunk(Chunk const& x, float* to) {
   CUTE_UNROLL
   for (int octet = 0; octet < 8; ++octet)
     reinterpret_cast<float4*>(to)[octet * 128 + threadIdx.x % 128] =
         make_float4(x(4 * octet), x(4 * octet + 1), x(4 * octet + 2), x(4 * octet + 3));
-}
-template <class Chunk>
-__device__ __forceinline__ void add_chunk(Chunk const& x, float* to) {
-  CUTE_UNROLL
-  for (int octet = 0; octet < 8; ++octet)
-    asm volatile(
-        "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + (octet * 128 + threadIdx.x % 128) * 4),
-        "f"(x(4 * octet)), "f"(x(4 * octet + 1)), "f"(x(4 * octet + 2)), "f"(x(4 * octet + 3))
-        : "memory");
 }
 
 // A warp is done with something.

@@ -56,8 +56,8 @@ struct BackwardTraits {
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr bool kSplit = kTile.split, kStaged = kTile.staged;
-  static_assert(kSplit ? kBlockN == 64 : kBlockN == 128 && kStaged);
+  static constexpr bool kSplit = kTile.split;
+  static_assert(kBlockN == (kSplit ? 64 : 128));
   static constexpr int kSlabs = kHeadDim / 64;           // slabs of 64 columns, 128 bytes a row, swizzled
   static constexpr int kChunks = kBlockM / 64 * kSlabs;  // of dQ in a step
   // NOTE: P and dP of 128 queries have no room in registers together: dP comes in parts of 64.
@@ -94,7 +94,7 @@ struct BackwardTraits {
     alignas(1024) Element q[kTile.q_stages][kBlockM * kHeadDim];
     alignas(1024) Element dout[kTile.do_stages][kBlockM * kHeadDim];
     alignas(1024) Element ds[kTile.ds_stages][kBlockM * kBlockN];  // transposed: a row a key
-    alignas(1024) float dq[kStaged ? kWarpgroups : 0][kChunk];
+    alignas(1024) float dq[kWarpgroups][kChunk];
     alignas(1024) float p[kSplit ? kChunk : 0];  // of warpgroup 0 for warpgroup 1, in fragment order
     alignas(16) float bias[kTile.q_stages][kBlockM], delta[kTile.do_stages][kBlockM];
     uint64_t k_full, v_full;

@@ -6,6 +6,8 @@
 
 namespace hopper_fa {
 
+constexpr int kMaxGroup = 128;  // times the most query blocks, 2^25 - 16, it fits 32 bits
+
 struct QueryWalk {
   int first, count;     // query blocks [first, first + count) see a key of the block
   int start;            // the walk begins at first + start and wraps round
@@ -19,8 +21,8 @@ struct QueryWalk {
 
 // Causal: from the diagonal on. So if all CTAs of a head began at once, query block m would be visited by key
 // blocks in descending order, one a step.
-// Full: key blocks form groups of at most group_size, and the members of a group begin at different query
-// blocks, spread evenly: again no two are at the same one at a time.
+// Full: key blocks form groups of at most group_size <= kMaxGroup, and the members of a group begin at
+// different query blocks, spread evenly: again no two are at the same one at a time.
 HOPPER_FA_HOST_DEVICE QueryWalk query_walk(int n_block, int n_blocks, int m_blocks, int seqlen_q,
                                            int seqlen_k, int block_m, int block_n, bool causal,
                                            int group_size) {
@@ -32,8 +34,7 @@ HOPPER_FA_HOST_DEVICE QueryWalk query_walk(int n_block, int n_blocks, int m_bloc
   int const group_first = n_block / group_size * group_size;
   int const members = min_int(group_size, n_blocks - group_first);
   int const member = n_block - group_first;
-  return {0, m_blocks, static_cast<int>(static_cast<long long>(member) * m_blocks / members), member,
-          members};
+  return {0, m_blocks, static_cast<int>(unsigned(member) * m_blocks / members), member, members};
 }
 
 // How many CTAs add to query block m before this one. All orders are those in which lockstep would bring them
@@ -47,8 +48,8 @@ HOPPER_FA_HOST_DEVICE int dq_turn(QueryWalk const& walk, int n_block, int n_bloc
     return last - n_block;
   }
   // Of the group's members, those that begin at block m or before come first, the last of them first.
-  long long const begun = (static_cast<long long>(m_block + 1) * walk.members + walk.count - 1) / walk.count;
-  int const before = min_int(walk.members, static_cast<int>(begun));
+  int const begun = static_cast<int>((unsigned(m_block + 1) * walk.members - 1) / walk.count + 1);
+  int const before = min_int(walk.members, begun);
   int const in_group =
       walk.member < before ? before - 1 - walk.member : before + (walk.members - 1 - walk.member);
   return n_block / group_size * group_size + in_group;

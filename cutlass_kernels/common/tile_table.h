@@ -101,16 +101,14 @@ struct BackwardTile {
   int ds_stages;           // score gradients of so many steps in shared memory
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
-  bool split;   // the two warpgroups share 64 keys: mainloop_split.cuh
-  bool staged;  // dQ goes through shared memory; else straight to global memory, which has no fixed order
+  bool split;              // the two warpgroups share 64 keys: mainloop_split.cuh
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
     // variant, d, M, N, Q, dO and dS stages, regs
-    {"default", 64, 128, 128, 2, 2, 2, 24, 240, false, true},
-    {"default", 128, 64, 128, 2, 2, 2, 24, 240, false, true},
-    {"default", 256, 64, 64, 2, 2, 2, 24, 240, true, false},
-    {"deterministic", 256, 64, 64, 2, 1, 1, 24, 240, true, true},
+    {"default", 64, 128, 128, 2, 2, 2, 24, 240, false},
+    {"default", 128, 64, 128, 2, 2, 2, 24, 240, false},
+    {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
