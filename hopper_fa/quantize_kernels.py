@@ -38,8 +38,9 @@ def quantize_qkv(
 
     q_mean = token_stats(q)[0] if recipe.smooth_q else None
     k_mean = token_stats(k)[0] if recipe.smooth_k else None
-    q_codes, q_scale, lse_shift = quantize_rows(q, recipe, q_mean, k_mean, group, queries=True)
+    # K first: its statistics have just read it, and L2 still holds half of it.
     k_codes, k_scale, key_bias = quantize_rows(k, recipe, k_mean, q_mean, group, queries=False)
+    q_codes, q_scale, lse_shift = quantize_rows(q, recipe, q_mean, k_mean, group, queries=True)
     v_mean, v_amax = None, None
     if recipe.smooth_v or recipe.v_granularity != "none":
         granularity = None if recipe.v_granularity == "none" else recipe.v_granularity

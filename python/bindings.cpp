@@ -308,6 +308,7 @@ void bind_quantize(py::module_& m) {
   m.def("row_threads", &row_threads);
   m.def("v_tile_groups", &v_tile_groups);
   m.def("v_slot", &v_slot);
+  m.def("code_slot", &code_slot);
   m.def("quantize_tile", [](int index, int heads, int blocks) {
     QuantizeTile const t = make_quantize_tiles(heads, blocks).get(index);
     return std::make_tuple(t.block, t.head, t.batch);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "quantize/instance.h"
+#include "quantize/quantize_v.cuh"
 #include "quantize/rows.cuh"
 #include "quantize/token_stats.cuh"
 #include "quantize/transpose_v.cuh"
@@ -12,9 +13,20 @@
 namespace hopper_fa {
 
 // Grids are flat, at most 2^31 - 1 CTAs.
-inline bool too_many(int64_t ctas) { return ctas > 0x7fffffff; }
-
-inline Status launched() { return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchError; }
+// CTAs may begin before the launches before it end: see wait_for_stream.
+template <class Arguments>
+Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, cudaStream_t stream,
+              Arguments const& args) {
+  if (ctas > 0x7fffffff) return Status::kInvalidArgument;
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(ctas), config.blockDim = threads;
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &overlap, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::kOk : Status::kLaunchError;
+}
 
 // Strides of V's maxima, (batch, head, channel) of which a granularity shares some.
 template <class Arguments>
@@ -27,9 +39,7 @@ void set_amax_strides(Arguments& args, Granularity granularity, int heads, int h
 template <DType kIn>
 Status launch_finish_stats(TokenStatsArguments const& args, int batch, cudaStream_t stream) {
   int64_t const ctas = int64_t(batch) * args.heads * ceil_div(args.head_dim, 32);
-  if (too_many(ctas)) return Status::kInvalidArgument;
-  finish_stats_kernel<kIn><<<unsigned(ctas), 1024, 0, stream>>>(args);
-  return launched();
+  return launch<TokenStatsArguments>(finish_stats_kernel<kIn>, ctas, 1024, 0, stream, args);
 }
 
 template <DType kIn>
@@ -52,16 +62,18 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
 
   int64_t const ctas = head_batches * args.chunks;
-  if (too_many(ctas)) return Status::kInvalidArgument;
   if (p.amax && p.granularity != Granularity::kChannel) {
     size_t const scales = p.granularity == Granularity::kHead ? head_batches : 1;
     if (cudaMemsetAsync(p.amax, 0, scales * sizeof(uint32_t), stream) != cudaSuccess)
       return Status::kLaunchError;
   }
   int const threads = ceil_div(kStatsLanes * in.head_dim / 8, 32) * 32;
-  int const shared = kStatsLanes * in.head_dim * int(sizeof(float));
+  int const shared = kStatsLanes * in.head_dim * (args.extremes ? 8 : 4);
   auto const kernel = args.extremes ? token_stats_kernel<kIn, true> : token_stats_kernel<kIn, false>;
-  if (ctas) kernel<<<unsigned(ctas), threads, shared, stream>>>(args);
+  if (ctas) {
+    Status const status = launch<TokenStatsArguments>(kernel, ctas, threads, shared, stream, args);
+    if (status != Status::kOk) return status;
+  }
   return launch_finish_stats<kIn>(args, in.batch, stream);
 }
 
@@ -110,7 +122,6 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   int const tiles = max_int(1, ceil_div(in.seqlen, args.tile_rows));
   args.tiles = make_quantize_tiles(in.heads, tiles);
   int64_t const ctas = int64_t(in.batch) * in.heads * tiles;
-  if (too_many(ctas)) return Status::kInvalidArgument;
   int const threads = args.tile_rows * of_row;
   auto const kernel = p.out_dtype == DType::kInt8 ? rows_kernel<kIn, DType::kInt8>(of_row)
                                                   : rows_kernel<kIn, DType::kE4M3>(of_row);
@@ -119,23 +130,44 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
     size_t const scales = granularity == Granularity::kTensor ? 1 : size_t(in.batch) * amaxes;
     if (cudaMemsetAsync(p.amax, 0, scales * 2 * sizeof(uint32_t), stream) != cudaSuccess)
       return Status::kLaunchError;
-    kernel<<<unsigned(ctas), threads, 0, stream>>>(args);
+    Status const status = launch<RowsArguments>(kernel, ctas, threads, 0, stream, args);
+    if (status != Status::kOk) return status;
     args.collect = false;
   }
-  kernel<<<unsigned(ctas), threads, 0, stream>>>(args);
-  return launched();
+  return launch<RowsArguments>(kernel, ctas, threads, 0, stream, args);
 }
 
+// V that is e4m3 already.
 template <DType kIn>
-Status launch_quantize_v(QuantizeVParams const& p, cudaStream_t stream) {
+Status launch_transpose_v(QuantizeVParams const& p, cudaStream_t stream) {
   QuantizeInput const& in = p.in;
   TransposeVArguments args;
-  args.v = in.x.data;
+  args.v = static_cast<uint8_t const*>(in.x.data);
   args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
   args.head_stride = in.x.head_stride;
   args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
   args.groups = v_tile_groups(in.head_dim);
-  int const tiles = max_int(1, ceil_div(in.seqlen, args.groups * kKeyGroup));  // an empty sequence has scales
+  int const tiles = ceil_div(in.seqlen, args.groups * kKeyGroup);
+  if (tiles == 0) return Status::kOk;
+  args.tiles = make_quantize_tiles(in.heads, tiles);
+  args.out = static_cast<uint8_t*>(p.out);
+  int const threads = ceil_div(args.groups * in.head_dim / 8, 32) * 32;
+  int const shared = in.head_dim * args.groups * 16;
+  return launch<TransposeVArguments>(transpose_v_kernel<kIn>, int64_t(in.batch) * in.heads * tiles, threads,
+                                     shared, stream, args);
+}
+
+template <DType kIn>
+Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
+  QuantizeInput const& in = p.in;
+  QuantizeVArguments args;
+  args.v = static_cast<uint16_t const*>(in.x.data);
+  args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
+  args.head_stride = in.x.head_stride;
+  args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
+  args.chunks = ceil_div(in.seqlen, kStatsChunk);
+  int const of_row = row_threads(in.head_dim), chunks_a_cta = kVThreads / (kThreadColumns * of_row);
+  int const tiles = max_int(1, ceil_div(args.chunks, chunks_a_cta));  // an empty sequence has scales
   args.tiles = make_quantize_tiles(in.heads, tiles);
   args.mean = p.mean;
   args.amax = p.amax;
@@ -143,24 +175,27 @@ Status launch_quantize_v(QuantizeVParams const& p, cudaStream_t stream) {
   args.out = static_cast<uint8_t*>(p.out);
   args.scale = p.scale;
   args.error_sums = p.error_mean ? p.error_workspace : nullptr;
+  auto const kernel = of_row == 2   ? quantize_v_kernel<kIn, 2>
+                      : of_row == 4 ? quantize_v_kernel<kIn, 4>
+                                    : quantize_v_kernel<kIn, 8>;
+  Status const status =
+      launch<QuantizeVArguments>(kernel, int64_t(in.batch) * in.heads * tiles, kVThreads, 0, stream, args);
+  if (status != Status::kOk || !p.error_mean) return status;
+  TokenStatsArguments errors{};
+  errors.seqlen = in.seqlen, errors.heads = in.heads, errors.head_dim = in.head_dim;
+  errors.chunks = args.chunks;
+  errors.workspace = p.error_workspace;
+  errors.mean = p.error_mean;
+  errors.add_to_mean = p.error_mean == p.mean;
+  return launch_finish_stats<kIn>(errors, in.batch, stream);
+}
 
-  int64_t const ctas = int64_t(in.batch) * in.heads * tiles;
-  if (too_many(ctas)) return Status::kInvalidArgument;
-  int const threads = ceil_div(args.groups * in.head_dim / 8, 32) * 32;
-  int const shared = in.head_dim * args.groups * 16;
-  transpose_v_kernel<kIn><<<unsigned(ctas), threads, shared, stream>>>(args);
-  if constexpr (kIn != DType::kE4M3) {
-    if (p.error_mean) {
-      TokenStatsArguments errors{};
-      errors.seqlen = in.seqlen, errors.heads = in.heads, errors.head_dim = in.head_dim;
-      errors.chunks = ceil_div(in.seqlen, kStatsChunk);
-      errors.workspace = p.error_workspace;
-      errors.mean = p.error_mean;
-      errors.add_to_mean = p.error_mean == p.mean;
-      return launch_finish_stats<kIn>(errors, in.batch, stream);
-    }
-  }
-  return launched();
+template <DType kIn>
+Status launch_quantize_v(QuantizeVParams const& p, cudaStream_t stream) {
+  if constexpr (kIn == DType::kE4M3)
+    return launch_transpose_v<kIn>(p, stream);
+  else
+    return launch_round_v<kIn>(p, stream);
 }
 
 }  // namespace hopper_fa

@@ -55,7 +55,10 @@ HOPPER_FA_HOST_DEVICE float hadamard_norm(int block) {
 // Threads that share a row of Q or K: 2, 4 or 8. Thread t of them holds the octets t + j * threads, j = 0..3.
 HOPPER_FA_HOST_DEVICE int row_threads(int head_dim) { return tile_columns(head_dim) / kThreadColumns; }
 
-// Groups of 16 keys in a CTA's part of V: enough for full lines of 128 bytes, and for 128 threads or more.
+constexpr int kVThreads = 256;  // of a CTA that rounds V
+
+// Groups of 16 keys in a CTA's part of V that is e4m3 already: enough for full lines of 128 bytes, and for
+// 128 threads or more.
 HOPPER_FA_HOST_DEVICE int v_tile_groups(int head_dim) { return head_dim <= 64 ? 16 : 8; }
 
 // Slot of 16 bytes in shared memory for key group `group` of channel `channel`.
@@ -63,6 +66,12 @@ HOPPER_FA_HOST_DEVICE int v_tile_groups(int head_dim) { return head_dim <= 64 ? 
 // one channel; the exclusive or spreads both over all banks.
 HOPPER_FA_HOST_DEVICE int v_slot(int channel, int group, int groups) {
   return channel * groups + (group ^ (channel / 8 % 8));
+}
+
+// The same for a chunk of V that is rounded, 8 groups: eight threads have neighbouring quads of channels, and
+// four a word each of a slot.
+HOPPER_FA_HOST_DEVICE int code_slot(int channel, int group) {
+  return channel * 8 + (group ^ (channel / 4 % 8));
 }
 
 // n / divisor for 0 <= n < 2^31 by one multiplication.

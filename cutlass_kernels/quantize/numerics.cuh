@@ -11,6 +11,13 @@ namespace hopper_fa {
 constexpr float kE4M3Max = 448.f, kInt8Max = 127.f;
 constexpr float kSmallestAmax = 0x1p-100f;  // below it a group counts as zeros
 
+// Until the launches before this one in the stream are done, and then lets the next one's CTAs begin when
+// this one's are all under way. Every kernel calls it first, so what any earlier launch wrote is there.
+__device__ __forceinline__ void wait_for_stream() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+
 // Two 16-bit elements that lie in one word.
 template <DType kDType>
 __device__ __forceinline__ float2 unpack(uint32_t word) {
@@ -30,6 +37,30 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
   return larger;
 }
+
+// Smaller and larger of each half; a NaN gives way to a number.
+template <DType kDType>
+__device__ __forceinline__ uint32_t min_halves(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if constexpr (kDType == DType::kBF16)
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else
+    asm("min.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <DType kDType>
+__device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) {
+  uint32_t r;
+  if constexpr (kDType == DType::kBF16)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+// Infinity in both halves.
+template <DType kDType>
+constexpr uint32_t kInfinities = kDType == DType::kBF16 ? 0x7f807f80u : 0x7c007c00u;
 
 struct Scale {
   float scale, inverse;

@@ -50,7 +50,7 @@ bool is_v_granularity(Granularity g) {
 bool has_quantize(DType dtype) { return find(dtype, &QuantizeInstance::v) != nullptr; }
 
 int64_t token_stats_workspace(int batch, int seqlen, int heads, int head_dim, bool with_amax) {
-  return int64_t(batch) * heads * ceil_div(seqlen, kStatsChunk) * head_dim * (with_amax ? 3 : 1);
+  return int64_t(batch) * heads * ceil_div(seqlen, kStatsChunk) * head_dim * (with_amax ? 2 : 1);
 }
 
 Status run_token_stats(TokenStatsParams const& p, CUstream_st* stream) {

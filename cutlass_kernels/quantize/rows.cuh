@@ -146,11 +146,13 @@ struct RowPart {
         if (!(j & step) && 8 * kThreads * step < block(j))
 #pragma unroll
           for (int i = 0; i < 8; ++i) butterfly(x[j][i], x[j + step][i]);
+    if constexpr (!kWhole || kThreads == 4) {  // else the norm is a power of two: see norm_left
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float const norm = hadamard_norm(block(j));
+      for (int j = 0; j < 4; ++j) {
+        float const norm = hadamard_norm(block(j));
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[j][i] *= norm;
+        for (int i = 0; i < 8; ++i) x[j][i] *= norm;
+      }
     }
   }
 
@@ -167,6 +169,7 @@ __global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
   constexpr bool kInt8 = kOut == DType::kInt8;
   constexpr float kLimit = kInt8 ? kInt8Max : kE4M3Max;
   __shared__ uint32_t of_warps[32];
+  wait_for_stream();
   // NOTE: last tile first: what an earlier pass over the tensor read last may still lie in L2.
   QuantizeTile const tile = args.tiles.get(gridDim.x - 1 - blockIdx.x);
   int const row_in_tile = threadIdx.x / kThreads;
@@ -215,6 +218,10 @@ __global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
       part.template rotate<false>(args.signs);
   }
 
+  // NOTE: a factor that is a power of two changes no bit of a code, so it goes into the scale.
+  bool const whole = args.head_dim == 32 * kThreads;
+  float const norm_left = args.rotate && whole && kThreads != 4 ? hadamard_norm(32 * kThreads) : 1.f;
+
   // Largest finite magnitude of the thread's columns, and whether there is another kind.
   float largest = 0;
   part.for_each([&](float& x) { largest = max_nan(largest, fabsf(x)); });
@@ -225,7 +232,8 @@ __global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
     // What is not finite becomes NaN in e4m3 and 0 in int8, which has the NaN in its scale.
     part.for_each([&](float& x) { x = is_finite(x) ? x : kInt8 ? 0.f : NAN; });
   }
-  uint32_t amax = exists ? __float_as_uint(largest) : 0;  // bits of floats >= 0 are ordered as the floats are
+  uint32_t amax =
+      exists ? __float_as_uint(largest * norm_left) : 0;  // bits of floats >= 0 are ordered as the floats are
   bool group_broken;
 
   int64_t const index =
@@ -267,6 +275,7 @@ __global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
   int const pitch = (args.head_dim + 15) / 16 * 16;
   uint8_t* const out =
       args.out + ((static_cast<int64_t>(tile.batch) * args.seqlen + row) * args.heads + tile.head) * pitch;
+  float const inverse = scale.inverse * norm_left;
   uint32_t codes[4][2];
 #pragma unroll
   for (int j = 0; j < 4; ++j)
@@ -275,22 +284,29 @@ __global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
       float y[4];
     // NOTE: not contracted with the addition that rounds to int8.
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[i] = __fmul_rn(part.x[j][4 * half + i], scale.inverse);
+      for (int i = 0; i < 4; ++i) y[i] = __fmul_rn(part.x[j][4 * half + i], inverse);
       codes[j][half] = kInt8 ? to_int8(y[0], y[1], y[2], y[3]) : to_e4m3(y[0], y[1], y[2], y[3]);
     }
-  // Neighbouring threads swap octets: each ends with two that lie side by side, 16 bytes, twice.
-  bool const odd = part.lane & 1;
+  if constexpr (kThreads >= 4) {  // octets of four threads are a sector of 32 bytes
 #pragma unroll
-  for (int j = 0; j < 4; j += 2) {
-    uint32_t received[2];
+    for (int j = 0; j < 4; ++j)
+      if (exists && part.column(j) < pitch)
+        __stcs(reinterpret_cast<uint2*>(out + part.column(j)), make_uint2(codes[j][0], codes[j][1]));
+  } else {
+    // Two threads swap octets: each ends with two that lie side by side, 16 bytes, twice.
+    bool const odd = part.lane & 1;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      received[half] = __shfl_xor_sync(~0u, odd ? codes[j][half] : codes[j + 1][half], 1);
-    int const column = 8 * ((part.lane & ~1) + kThreads * (j + odd));
-    if (exists && column < args.head_dim)
-      *reinterpret_cast<uint4*>(out + column) =
-          odd ? make_uint4(received[0], received[1], codes[j + 1][0], codes[j + 1][1])
-              : make_uint4(codes[j][0], codes[j][1], received[0], received[1]);
+    for (int j = 0; j < 4; j += 2) {
+      uint32_t received[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        received[half] = __shfl_xor_sync(~0u, odd ? codes[j][half] : codes[j + 1][half], 1);
+      int const column = 8 * ((part.lane & ~1) + kThreads * (j + odd));
+      if (exists && column < pitch)
+        __stcs(reinterpret_cast<uint4*>(out + column),
+               odd ? make_uint4(received[0], received[1], codes[j + 1][0], codes[j + 1][1])
+                   : make_uint4(codes[j][0], codes[j][1], received[0], received[1]));
+    }
   }
 }
 

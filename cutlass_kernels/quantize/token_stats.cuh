@@ -1,8 +1,8 @@
 // Means over tokens, and the largest |x - mean| of V. Two kernels: sums (and extremes) of chunks of 128
 // tokens, then of all chunks. Every addition has its place: no atomics, and the bits of quantization.py.
 //
-// Roofline: the first kernel reads the tensor once and writes 4 (with extremes 12) bytes a channel for each
-// 256 bytes read; the second reads those again, from L2. 16k tokens x 2048 channels: 67 MB + 3 MB, 18 us at 4
+// Roofline: the first kernel reads the tensor once and writes 4 (with extremes 8) bytes a channel for each
+// 256 bytes read; the second reads those again, from L2. 16k tokens x 2048 channels: 67 MB + 2 MB, 17 us at 4
 // TB/s.
 #pragma once
 
@@ -17,8 +17,9 @@ struct TokenStatsArguments {
   int seqlen, heads, head_dim, chunks;
   QuantizeTiles tiles;
   int64_t partials;  // batch * heads * chunks * head_dim
-  float*
-      workspace;  // sums; with extremes, minima and maxima after them: 3 x (batch, heads, chunks, head_dim)
+  // (batch, heads, chunks, head_dim) sums; with extremes, as many minima and then maxima of 16 bits after
+  // them.
+  float* workspace;
   bool extremes;
   float* mean;
   bool add_to_mean;
@@ -38,9 +39,9 @@ __device__ __forceinline__ void tree_sum(float (&x)[32], int size) {
 }
 
 // A channel's 16 lanes of a chunk, `stride` apart: 16 -> 8 -> 4 -> 2 -> 1 by op(lane[r], lane[r + half]).
-template <class Op>
-__device__ __forceinline__ float join_lanes(float const* lanes, int stride, Op&& op) {
-  float s[kStatsLanes];
+template <class T, class Op>
+__device__ __forceinline__ T join_lanes(T const* lanes, int stride, Op&& op) {
+  T s[kStatsLanes];
 #pragma unroll
   for (int r = 0; r < kStatsLanes; ++r) s[r] = lanes[r * stride];
 #pragma unroll
@@ -50,24 +51,30 @@ __device__ __forceinline__ float join_lanes(float const* lanes, int stride, Op&&
   return s[0];
 }
 
-template <bool kExtremes>
+template <DType kIn, bool kExtremes>
 struct ChannelStats {
-  float sum[8], low[8], high[8];
+  float sum[8];
+  uint32_t low[4], high[4];  // pairs of 16-bit elements
 
   // A token's 8 channels; the first token starts the sums. kFilter: leaves out what is not finite.
-  template <DType kIn, bool kFilter>
+  template <bool kFilter>
   __device__ __forceinline__ void add(uint4 const& raw, bool starts, bool exists) {
+    constexpr uint32_t kHighest = kInfinities<kIn>, kLowest = kHighest | 0x80008000u;
     uint32_t const words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      float2 const pair = unpack<kIn>(words[c / 2]);
-      float const x = c % 2 ? pair.y : pair.x;
-      bool const counts = !kFilter || is_finite(x);
-      float const term = counts ? x : 0.f;
-      sum[c] = starts ? term : sum[c] + term;
+    for (int w = 0; w < 4; ++w) {
+      float2 x = unpack<kIn>(words[w]);
+      uint32_t left_out = exists ? 0 : ~0u;
+      if constexpr (kFilter) {
+        if (!is_finite(x.x)) left_out |= 0xffffu, x.x = 0.f;
+        if (!is_finite(x.y)) left_out |= 0xffff0000u, x.y = 0.f;
+      }
+      sum[2 * w] = starts ? x.x : sum[2 * w] + x.x;
+      sum[2 * w + 1] = starts ? x.y : sum[2 * w + 1] + x.y;
       if constexpr (kExtremes) {
-        low[c] = fminf(starts ? INFINITY : low[c], counts && exists ? x : INFINITY);
-        high[c] = fmaxf(starts ? -INFINITY : high[c], counts && exists ? x : -INFINITY);
+        uint32_t const kept = words[w] & ~left_out;
+        low[w] = min_halves<kIn>(starts ? kHighest : low[w], kept | (kHighest & left_out));
+        high[w] = max_halves<kIn>(starts ? kLowest : high[w], kept | (kLowest & left_out));
       }
     }
   }
@@ -75,9 +82,10 @@ struct ChannelStats {
 
 // A CTA: 128 tokens of one head. Thread (lane r of 16, octet of channels); 16 * head_dim / 8 of them.
 template <DType kIn, bool kExtremes>
-__global__ void __launch_bounds__(512, kExtremes ? 1 : 2)
+__global__ void __launch_bounds__(512, 2)
     token_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
   extern __shared__ float of_lanes[];  // (16, head_dim)
+  wait_for_stream();
   int const octets = args.head_dim / 8;
   int const lane = threadIdx.x / octets, octet = threadIdx.x - lane * octets;
   QuantizeTile const tile = args.tiles.get(blockIdx.x);
@@ -95,9 +103,9 @@ __global__ void __launch_bounds__(512, kExtremes ? 1 : 2)
   uint4 raw[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) raw[i] = load(i);
-  ChannelStats<kExtremes> stats;
+  ChannelStats<kIn, kExtremes> stats;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) stats.template add<kIn, false>(raw[i], i == 0, i < exist);
+  for (int i = 0; i < 8; ++i) stats.template add<false>(raw[i], i == 0, i < exist);
   // A NaN or infinity stays in its sum, so finite sums need no second look.
   bool finite = true;
 #pragma unroll
@@ -105,27 +113,37 @@ __global__ void __launch_bounds__(512, kExtremes ? 1 : 2)
   if (!finite) {
     // NOTE: loaded again; kept in registers, the elements would cost every call a third of its occupancy.
 #pragma unroll 1
-    for (int i = 0; i < 8; ++i) stats.template add<kIn, true>(load(i), i == 0, i < exist);
+    for (int i = 0; i < 8; ++i) stats.template add<true>(load(i), i == 0, i < exist);
   }
 
   int64_t const out =
       ((static_cast<int64_t>(tile.batch) * args.heads + tile.head) * args.chunks + tile.block) *
       args.head_dim;
-#pragma unroll
-  for (int kind = 0; kind < (kExtremes ? 3 : 1); ++kind) {
-    float const(&values)[8] = kind == 0 ? stats.sum : kind == 1 ? stats.low : stats.high;
-    if (kind > 0) __syncthreads();  // the previous kind has been read
-    if (lane < kStatsLanes) {
-      float4* const to = reinterpret_cast<float4*>(of_lanes + lane * args.head_dim + 8 * octet);
-      to[0] = make_float4(values[0], values[1], values[2], values[3]);
-      to[1] = make_float4(values[4], values[5], values[6], values[7]);
+  if (lane < kStatsLanes) {
+    float4* const to = reinterpret_cast<float4*>(of_lanes + lane * args.head_dim + 8 * octet);
+    to[0] = make_float4(stats.sum[0], stats.sum[1], stats.sum[2], stats.sum[3]);
+    to[1] = make_float4(stats.sum[4], stats.sum[5], stats.sum[6], stats.sum[7]);
+    if constexpr (kExtremes) {
+      auto const extremes = reinterpret_cast<uint4*>(of_lanes + kStatsLanes * args.head_dim);
+      extremes[lane * octets + octet] = make_uint4(stats.low[0], stats.low[1], stats.low[2], stats.low[3]);
+      extremes[(kStatsLanes + lane) * octets + octet] =
+          make_uint4(stats.high[0], stats.high[1], stats.high[2], stats.high[3]);
     }
-    __syncthreads();
-    for (int c = threadIdx.x; c < args.head_dim; c += blockDim.x)
-      args.workspace[kind * args.partials + out + c] =
-          join_lanes(of_lanes + c, args.head_dim, [kind](float a, float b) {
-            return kind == 0 ? a + b : kind == 1 ? fminf(a, b) : fmaxf(a, b);
-          });
+  }
+  __syncthreads();
+  for (int c = threadIdx.x; c < args.head_dim; c += blockDim.x)
+    args.workspace[out + c] = join_lanes(of_lanes + c, args.head_dim, [](float a, float b) { return a + b; });
+  if constexpr (kExtremes) {
+    int const pairs = args.head_dim / 2;
+    auto const extremes = reinterpret_cast<uint32_t const*>(of_lanes + kStatsLanes * args.head_dim);
+    auto const to = reinterpret_cast<uint32_t*>(args.workspace + args.partials);
+    for (int c = threadIdx.x; c < 2 * pairs; c += blockDim.x) {  // minima, then maxima
+      bool const high = c >= pairs;
+      int const pair = high ? c - pairs : c;
+      to[((high ? args.partials : 0) + out) / 2 + pair] = join_lanes(
+          extremes + high * kStatsLanes * pairs + pair, pairs,
+          [high](uint32_t a, uint32_t b) { return high ? max_halves<kIn>(a, b) : min_halves<kIn>(a, b); });
+    }
   }
 }
 
@@ -136,6 +154,7 @@ template <DType kIn>
 __global__ void __launch_bounds__(1024)
     finish_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
   constexpr int kWarps = 32;
+  wait_for_stream();
   __shared__ float shared[3][kWarps][32];
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const slices = ceil_div(args.head_dim, 32);
@@ -164,13 +183,14 @@ __global__ void __launch_bounds__(1024)
   tree_sum(x, size / kWarps);
   shared[0][warp][lane] = x[0];
   if (args.extremes) {
-    float low = INFINITY, high = -INFINITY;
+    auto const lows = reinterpret_cast<uint16_t const*>(args.workspace + args.partials) + base;
+    uint32_t low = kInfinities<kIn>, high = kInfinities<kIn> | 0x80008000u;
 #pragma unroll 8
     for (int chunk = warp; chunk < args.chunks && exists; chunk += kWarps) {
-      low = fminf(low, args.workspace[args.partials + base + at(chunk)]);
-      high = fmaxf(high, args.workspace[2 * args.partials + base + at(chunk)]);
+      low = min_halves<kIn>(low, lows[at(chunk)]);
+      high = max_halves<kIn>(high, lows[args.partials + at(chunk)]);
     }
-    shared[1][warp][lane] = low, shared[2][warp][lane] = high;
+    shared[1][warp][lane] = unpack<kIn>(low).x, shared[2][warp][lane] = unpack<kIn>(high).x;
   }
   __syncthreads();
   if (warp > 0) return;

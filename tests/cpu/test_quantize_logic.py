@@ -69,6 +69,18 @@ def test_v_slots(head_dim: int) -> None:
                 assert banks([(c + 8 * i, g) for i in range(8)]) == 8
 
 
+def test_code_slots() -> None:
+    """Every (channel, group) of a chunk has a slot of its own, and no eight threads meet in a bank."""
+    slots = {(c, g): _C.code_slot(c, g) for c in range(256) for g in range(8)}
+    assert sorted(slots.values()) == list(range(256 * 8))
+    for c in range(256):  # the eight groups of a channel are read
+        assert len({slots[c, g] % SHARED_MEMORY_BANKS for g in range(8)}) == 8
+    for first in range(0, 256, 32):  # eight threads write the same channel of neighbouring quads
+        for c in range(first, first + 4):
+            for g in range(8):
+                assert len({slots[c + 4 * i, g] % SHARED_MEMORY_BANKS for i in range(8)}) == 8
+
+
 def test_tiles_are_counted_heads_first(seed: int) -> None:
     rng = random.Random(seed)
     sizes = [1, 2, 3, 5, 7, 8, 16, 31, 64, 100, 127, 1000, 2**16, 2**20 + 1, 2**30, 2**31 - 1]
