@@ -77,7 +77,8 @@ def flash_attn_func(
         deterministic: accepted; the forward is always bit-reproducible.
         backend: "auto" (the CUDA kernels), "cuda", "emulator" (their arithmetic in torch, slow, any device)
             or "reference" (float64, slow; with a recipe it still takes the tensors unquantised). None: the
-            environment variable HOPPER_FA_BACKEND, or "auto". In FP8 only the last two exist so far.
+            environment variable HOPPER_FA_BACKEND, or "auto". In FP8 the kernels run what
+            `kernels.fp8_problem` has nothing against, the emulator every recipe.
         recipe: compute in FP8, by this recipe. For float8_e4m3fn tensors None means Fp8Recipe.fa3(), and see
             `quantization.from_fp8` for what another may change.
         q_descale, k_descale, v_descale: of float8_e4m3fn tensors: (batch, heads_kv) float32, what to multiply
@@ -93,7 +94,8 @@ def flash_attn_func(
 
     Raises:
         TypeError, ValueError: an input the kernels do not take, found before anything is launched.
-        RuntimeError: no backend can run the call (device is not Hopper, instance not built, FP8).
+        RuntimeError: no backend can run the call (device is not Hopper, instance not built, a recipe that the
+            FP8 kernels do not know).
         NotImplementedError: an argument is not at its neutral value.
     """
     # fmt: off
@@ -141,8 +143,7 @@ def flash_attn_quantized_func(
     Args:
         softmax_scale, causal, return_lse: as in `flash_attn_func`.
         out_dtype: of the output, bfloat16 or float16.
-        backend: "emulator" (any device) or "reference" (float64 on what the quantised tensors stand for);
-            "auto" and "cuda" raise RuntimeError, because no FP8 kernel is built yet.
+        backend: as in `flash_attn_func`; "reference" is float64 on what the quantised tensors stand for.
 
     Returns and raises: as `flash_attn_func`.
     """
