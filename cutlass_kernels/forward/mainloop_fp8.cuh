@@ -93,7 +93,9 @@ class Fp8Mainloop {
       Scores s;
       int best[2];
       wait_block();
-      __syncwarp();  // NOTE: else int8 d256 keeps its counters in vector registers, and 100 bytes spill
+      // NOTE: else int8 keeps its counters in vector registers, and 100 bytes spill; at d128 it costs
+      // registers.
+      if constexpr (Traits::kHeadDim == 256) __syncwarp();
       issue_half<0>(s);
       if constexpr (kQKParts == 2) issue_half<1>(s);
       baton_.pass();
