@@ -19,9 +19,6 @@ struct RingCursor {
   __device__ __forceinline__ void advance() {
     if (kStages == 1 || ++slot == kStages) slot = 0, phase ^= 1;
   }
-  __device__ __forceinline__ void retreat() {
-    if (kStages == 1 || slot-- == 0) slot = kStages - 1, phase ^= 1;
-  }
 };
 
 // Turn-taking of the computing warpgroups on the tensor cores: one named barrier a warpgroup, 128 threads

@@ -90,9 +90,9 @@ constexpr int forward_slot_bytes(ForwardTile const& t) {
   return t.element_bytes == 1 ? t.block_n * forward_v_rows(t) : k;
 }
 
-// 8 bit: bytes of v_scale and v_mean, for every warpgroup and twice as many tiles as Q has stages.
+// 8 bit: bytes of v_scale and v_mean, for every warpgroup and one tile more than Q has stages.
 constexpr int forward_affine_bytes(ForwardTile const& t) {
-  return t.element_bytes == 1 ? 2 * t.q_stages * (t.block_m / 64) * t.head_dim * 8 : 0;
+  return t.element_bytes == 1 ? (t.q_stages + 1) * (t.block_m / 64) * t.head_dim * 8 : 0;
 }
 
 // Shared memory of a CTA in bytes: Q, the K/V ring, V's dequantisation, 1 KB to align them, barriers.

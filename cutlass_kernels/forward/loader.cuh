@@ -20,6 +20,7 @@ class Loader {
   Shared& shared_;
   RingCursor<Traits::kStages> ring_;
   RingCursor<Traits::kQStages> q_ring_;
+  RingCursor<Traits::kQStages + 1> affine_ring_;
 
   struct Block {
     int index, head, batch;  // head of K and V
@@ -49,7 +50,7 @@ class Loader {
           int64_t const channels =
               (int64_t(tile.batch) * (args_.scheduler.heads_q / args_.q_heads_per_kv) + first_.head) *
               args_.head_dim;
-          auto& affine = shared_.v_affine[affine_slot<Traits>({q_ring_.slot, q_ring_.phase ^ 1})][wg];
+          auto& affine = shared_.v_affine[affine_ring_.slot][wg];
           SM90_BULK_COPY_G2S::copy(args_.fp8.v_scale + channels, &full, affine[0], affine_bytes);
           SM90_BULK_COPY_G2S::copy(args_.fp8.v_mean + channels, &full, affine[1], affine_bytes);
         }
@@ -59,6 +60,7 @@ class Loader {
       __syncwarp();
     }
     q_ring_.advance();
+    affine_ring_.advance();
     return end;
   }
 

@@ -39,6 +39,7 @@ class Fp8Mainloop {
   Baton const baton_;
   RingCursor<Traits::kStages> ring_;
   RingCursor<Traits::kQStages> q_ring_;
+  RingCursor<Traits::kQStages + 1> affine_ring_;
 
   decltype(make_tensor<float>(Int<Traits::kHeadDim / 2>{})) output_;  // 64 x head_dim
   // Two levels: the output column that V's row of ones makes; the quad's first lane has it. Else the FP32 sum
@@ -78,6 +79,7 @@ class Fp8Mainloop {
     if (range.end == 0) {
       if (tile_end > 0) {
         release_q();
+        affine_ring_.advance();
         baton_.take_immediate(), baton_.pass();  // as often as below
       }
       store_empty<Traits>(args_, tile, row);
@@ -226,16 +228,19 @@ class Fp8Mainloop {
     return make_tensor(reinterpret_cast<float*>(s.data()), s.layout());
   }
 
-  __device__ __forceinline__ void finish_tile(Tile const& tile, int first_row) {
+  __device__ __forceinline__ void finish_tile(Tile const& tile, int row) {
     float factor[2], lse[2], row_sum[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r)
       row_sum[r] = kTwoLevels ? __shfl_sync(~0u, row_sum_[r], threadIdx.x % 32 & ~3) : quad_sum(row_sum_[r]);
     softmax_.finish(row_sum, args_.fp8.p_offset, factor, lse);
-    RingCursor<Traits::kQStages> tiles_q = q_ring_;  // where its Q was
-    tiles_q.retreat();
-    store_dequantised<Traits>(args_, tile, first_row, output_, factor, lse,
-                              shared_.v_affine[affine_slot<Traits>(tiles_q)][warpgroup_]);
+    // NOTE: two ways to the same values; at d256 (one Q stage) registers are scarce, and d128 spills with the
+    // first.
+    constexpr bool kOneStage = Traits::kQStages == 1;
+    int const slot = kOneStage ? q_ring_.phase ^ 1 : affine_ring_.slot;
+    store_dequantised<Traits>(args_, tile, kOneStage ? row : first_row(tile), output_, factor, lse,
+                              shared_.v_affine[slot][warpgroup_]);
+    affine_ring_.advance();
   }
 
   // A tile's softmax before its first block; starts the loads of its dequantisation factors.

@@ -136,8 +136,8 @@ struct ForwardTraits {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];
     alignas(1024) uint8_t kv[kStages][forward_slot_bytes(kTile)];
     // 8 bit: v_scale and v_mean of a tile's head, for each warpgroup.
-    // NOTE: twice as many slots as Q has, because Q is released before the epilogue reads them.
-    alignas(16) float v_affine[kFp8 ? 2 * kQStages : 1][kFp8 ? kWarpgroups : 1][2][kFp8 ? kHeadDim : 2];
+    // NOTE: one slot more than Q has, because Q is released before the epilogue reads them.
+    alignas(16) float v_affine[kFp8 ? kQStages + 1 : 1][kFp8 ? kWarpgroups : 1][2][kFp8 ? kHeadDim : 2];
     uint64_t q_full[kQStages][kWarpgroups], q_empty[kQStages][kWarpgroups];
     uint64_t kv_full[kStages], kv_empty[kStages];
     TileQueueStorage tiles;
@@ -146,11 +146,5 @@ struct ForwardTraits {
   static_assert(offsetof(SharedStorage, tiles) + sizeof(TileQueueStorage) + 1023 <=
                 forward_shared_memory(kTile));
 };
-
-// Where v_affine of a tile is whose Q is at the reader's `cursor`.
-template <class Traits>
-__device__ __forceinline__ int affine_slot(RingCursor<Traits::kQStages> cursor) {
-  return cursor.slot + Traits::kQStages * cursor.phase;
-}
 
 }  // namespace hopper_fa
