@@ -11,7 +11,10 @@ set(HOPPER_FA_FORWARD_INSTANCES
     "e4m3|256|fp8"
     "int8|64|fp8"
     "int8|128|fp8"
-    "int8|256|fp8")
+    "int8|256|fp8"
+    "e4m3|64|fp8_raw"
+    "e4m3|128|fp8_raw"
+    "e4m3|256|fp8_raw")
 
 # Built only with -DHOPPER_FA_EXPERIMENTS=ON.
 set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
@@ -29,9 +32,8 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|128|tma_store"
     "e4m3|64|fp8_no_ping_pong"
     "e4m3|128|fp8_no_ping_pong"
-    "e4m3|256|fp8_no_ping_pong"
-    "e4m3|128|fp8_overlap"
-    "e4m3|256|fp8_two_q")
+    "e4m3|256|fp8_ping_pong"
+    "e4m3|256|fp8_qk_halves")
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")

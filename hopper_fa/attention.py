@@ -84,7 +84,9 @@ def flash_attn_func(
             gradients of k and v always have. torch.use_deterministic_algorithms(True) asks for it as well.
         backend: "auto" (the CUDA kernels), "cuda", "emulator" (their arithmetic in torch, slow, any device)
             or "reference" (float64, slow; with a recipe it still takes the tensors unquantised). None: the
-            environment variable HOPPER_FA_BACKEND, or "auto". The backward runs on the same.
+            environment variable HOPPER_FA_BACKEND, or "auto". In FP8 the kernels run what
+            `kernels.fp8_problem` has nothing against, the emulator every recipe. The backward runs on
+            the same.
         recipe: compute in FP8, by this recipe. For float8_e4m3fn tensors None means Fp8Recipe.fa3(), and see
             `quantization.from_fp8` for what another may change.
         q_descale, k_descale, v_descale: of float8_e4m3fn tensors: (batch, heads_kv) float32, what to multiply
@@ -99,7 +101,8 @@ def flash_attn_func(
 
     Raises:
         TypeError, ValueError: an input the kernels do not take, found before anything is launched.
-        RuntimeError: no backend can run the call (device is not Hopper, instance not built, FP8).
+        RuntimeError: no backend can run the call (device is not Hopper, instance not built, a recipe that the
+            FP8 kernels do not know).
         NotImplementedError: an argument is not at its neutral value; from backward(), a second derivative or
             a gradient of float8_e4m3fn tensors was asked for.
     """

@@ -14,6 +14,9 @@ from hopper_fa.recipe import E4M3_MAX, K_BLOCK
 from hopper_fa.reference import attention_reference
 from hopper_fa.tensor_core import HOPPER, Accumulator
 
+# The kernel turns an integer score into a float by its bits, which adds this, and takes it off in the bias.
+MAGIC = 1.5 * 2**23
+
 ACCUMULATORS = ("auto", "tensor_core", "fp32")
 
 
@@ -67,6 +70,8 @@ def attention_fp8_emulated(
         key_bias = qkv.key_bias.unflatten(1, (heads_kv, -1))[..., None, :]  # (..., 1, keys)
         row_factor = torch.full_like(row_scale, positive_log2_scale(scale))
 
+    integer = recipe.qk_dtype == "int8" and key_bias is None and recipe.k_granularity != "token"
+
     shape = q.shape[:-1]
     row_max = q.new_full(shape, float("-inf"))
     row_sum = q.new_zeros(shape)
@@ -93,7 +98,11 @@ def attention_fp8_emulated(
             row_max[of_rows], log2_scores, 1.0, recipe.rescale_threshold,
             row_sum[of_rows], out[rows], partial[rows],
         )  # fmt: skip
-        p = _fused_multiply_add(s, c, recipe.p_offset - row_max[rows[:-1]][..., None]).exp2_()
+        bias = recipe.p_offset - row_max[rows[:-1]][..., None]
+        if integer:
+            s += MAGIC
+            bias = _fused_multiply_add(c, -MAGIC, bias)
+        p = _fused_multiply_add(s, c, bias).exp2_()
         if hidden is not None:
             p.masked_fill_(hidden, 0.0)
         row_sum[of_rows] += p.sum(-1)
@@ -172,6 +181,6 @@ def _product(
     return sums.matmul_add(a, b, start)
 
 
-def _fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def _fused_multiply_add(a: torch.Tensor, b: torch.Tensor | float, c: torch.Tensor) -> torch.Tensor:
     """a * b + c of float32 in one rounding; b and c may have to be broadcast."""
     return a.double().mul_(b).add_(c).float()

@@ -265,13 +265,27 @@ def backward(
         raise RuntimeError(f"hopper_fa backward was not launched: {STATUS_SENTENCES[status]}.")
 
 
-def fp8_problem(recipe: Fp8Recipe) -> str | None:
-    """What the FP8 kernel cannot do of a recipe, or None. The emulator can do all of it."""
-    if recipe.accumulation != 1 or recipe.rescale_threshold != 0 or recipe.row_sum != "product":
-        return 'only accumulation=1, rescale_threshold=0 and row_sum="product"'
-    if recipe.k_granularity == "token" or recipe.smooth_q:
-        return 'no k_granularity="token" and no smooth_q'
+def fp8_variant(recipe: Fp8Recipe) -> str | None:
+    """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
+    if recipe.rescale_threshold != 0 or recipe.k_granularity == "token" or recipe.smooth_q:
+        return None
+    if recipe.accumulation == 1 and recipe.row_sum == "product":
+        return "fp8"
+    if recipe.accumulation == 0 and recipe.row_sum == "fp32" and recipe.qk_dtype == "e4m3":
+        return "fp8_raw"
     return None
+
+
+def fp8_problem(recipe: Fp8Recipe) -> str | None:
+    """What the FP8 kernels cannot do of a recipe, or None. The emulator can do all of it."""
+    if fp8_variant(recipe) is not None:
+        return None
+    if recipe.rescale_threshold != 0 or recipe.k_granularity == "token" or recipe.smooth_q:
+        return 'only rescale_threshold=0, no k_granularity="token" and no smooth_q'
+    return (
+        'only accumulation=1 with row_sum="product", or with qk_dtype="e4m3" accumulation=0 with '
+        'row_sum="fp32"'
+    )
 
 
 def forward_fp8(
@@ -280,7 +294,7 @@ def forward_fp8(
     lse: torch.Tensor,
     softmax_scale: float,
     causal: bool,
-    variant: str = "fp8",
+    variant: str | None = None,
 ) -> None:
     """Put the FP8 forward kernel into the current stream of the tensors' device; waits for nothing.
 
@@ -288,17 +302,18 @@ def forward_fp8(
         qkv: on a CUDA device, of a recipe without `fp8_problem`.
         out: (batch, seqlen_q, heads_q, head_dim) bfloat16 or float16, written; strides as for `forward`.
         lse: (batch, heads_q, seqlen_q) float32, contiguous, written.
-        variant: tile-table variant.
+        variant: tile-table variant; None: the recipe's (`fp8_variant`).
 
     Raises:
         RuntimeError: no instance is built for the dtype, head dim and variant, the recipe has a field the
             kernel does not know, or the launch was refused.
     """
+    if problem := fp8_problem(qkv.recipe):
+        raise RuntimeError(f"the FP8 kernel takes {problem}; the recipe is {qkv.recipe}; change it.")
+    variant = variant or fp8_variant(qkv.recipe)
     instance = _INSTANCES.get((qkv.q.dtype, qkv.head_dim, variant))
     if instance is None:
         raise RuntimeError(_not_built(qkv.q.dtype, qkv.head_dim, variant))
-    if problem := fp8_problem(qkv.recipe):
-        raise RuntimeError(f"the FP8 kernel takes {problem}; the recipe is {qkv.recipe}; change it.")
     batch, _, heads_q, _ = qkv.q.shape
     heads_kv = qkv.k.shape[2]
     index = qkv.q.device.index

@@ -79,23 +79,19 @@ __device__ __forceinline__ void bulk_add(float* global, float const* smem, uint3
   tma_store_arrive();
 }
 
-// A key block's place in the order of additions to one query block (deterministic mode).
-struct Turn {
-  int* done;  // how many key blocks have added
-
-  __device__ __forceinline__ void wait(int mine) const {
-    int now;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(done) : "memory");
-    } while (now != mine);
-    // NOTE: what follows goes through the asynchronous proxy.
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-  }
-  __device__ __forceinline__ void pass() const {
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
-  }
-};
+// Deterministic mode: `done` counts the key blocks that have added to a query block. Waits for its turn.
+__device__ __forceinline__ void wait_turn(int const* done, int mine) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(done) : "memory");
+  } while (now != mine);
+  // NOTE: what follows goes through the asynchronous proxy.
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ __forceinline__ void pass_turn(int* done) {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
+}
 
 // Until at most kPending of this thread's bulk additions have not been carried out in global memory.
 template <int kPending>
@@ -109,23 +105,22 @@ template <class Traits>
 __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename Traits::SharedStorage& shared,
                                        int warpgroup) {
   KeyTile const tile = KeyTile::get<Traits>(args);
+  float const* const from = shared.dq[warpgroup];
   uint32_t phase = 0;
-  Turn before = {nullptr};
+  int before = -1;  // query block whose turn is still to be passed on
+  auto const turn = [&](int block) { return args.turns + (block * Traits::kWarpgroups + warpgroup); };
   tile.for_each_step(args, [&](int head, int m_block) {
-    int64_t const block = static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block;
-    float* const sum =
-        args.dq_sum + (block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks) * kChunk;
-    Turn turn = {nullptr};
-    if (args.turns) {
-      turn.done = args.turns + block * Traits::kWarpgroups + warpgroup;
-      turn.wait(dq_turn(tile.walk, tile.n_block, args.n_blocks, m_block, args.seqlen_q, args.seqlen_k,
-                        Traits::kBlockM, Traits::kBlockN, args.group_size));
-    }
-    CUTE_UNROLL
+    int const block = (tile.batch * args.heads_q + head) * args.m_blocks + m_block;
+    if (args.turns)
+      wait_turn(turn(block), dq_turn(tile.walk, tile.n_block, args.n_blocks, m_block, args.seqlen_q,
+                                     args.seqlen_k, Traits::kBlockM, Traits::kBlockN, args.group_size));
+    // NOTE: unrolled it would spill: 24 registers.
+    CUTE_NO_UNROLL
     for (int i = 0; i < Traits::kWarpgroupChunks; ++i) {
+      int const chunk = block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks + i;
       FullBarrier::wait(&shared.dq_full[warpgroup], phase);
       phase ^= 1;
-      bulk_add(sum + i * kChunk, shared.dq[warpgroup], kChunk * sizeof(float));
+      bulk_add(args.dq_sum + int64_t(chunk) * kChunk, from, kChunk * sizeof(float));
       tma_store_wait<0>();  // read; shared memory is free
       EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
     }
@@ -133,15 +128,15 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
     // are not: all CTAs of a group might wait for each other in a circle.
     if (args.turns && args.causal) {
       wait_added<Traits::kWarpgroupChunks>();
-      if (before.done) before.pass();
-      before = turn;
+      if (before >= 0) pass_turn(turn(before));
+      before = block;
     } else if (args.turns) {
       wait_added<0>();
-      turn.pass();
+      pass_turn(turn(block));
     }
   });
   wait_added<0>();
-  if (before.done) before.pass();
+  if (before >= 0) pass_turn(turn(before));
 }
 
 }  // namespace hopper_fa

@@ -10,7 +10,8 @@ namespace hopper_fa {
 //
 // NOTE: one bit an element instead of one comparison: ptxas moves seven bits at a time into predicates (R2P).
 template <class Scores>
-__device__ __forceinline__ void mask_scores(Scores& s, int const (&visible)[2]) {
+__device__ __forceinline__ void mask_scores(Scores& s, int const (&visible)[2],
+                                            typename Scores::value_type hidden = -INFINITY) {
   // Elements of a row that the thread has: columns 8 j and 8 j + 1 past its first.
   constexpr int kPerRow = decltype(cute::size(s))::value / 2;
   CUTE_UNROLL
@@ -24,7 +25,7 @@ __device__ __forceinline__ void mask_scores(Scores& s, int const (&visible)[2]) 
       CUTE_UNROLL
       for (int i = first; i < min(first + 32, kPerRow); ++i) {
         int const element = 4 * (i / 2) + 2 * r + i % 2;
-        if (!(mask >> (i - first) & 1)) s(element) = -INFINITY;
+        if (!(mask >> (i - first) & 1)) s(element) = hidden;
       }
     }
   }

@@ -107,47 +107,4 @@ struct OnlineSoftmax {
   }
 };
 
-// 8-bit inputs: a factor for every row and one for every block of keys. The row sum is a column of the output
-// (V has a row of ones), so numerator and denominator hold the same rounded P.
-template <int kFmaOctets>
-struct QuantizedSoftmax {
-  float row_max[2] = {-INFINITY, -INFINITY};  // that P is relative to, in log2 units of scaled scores
-  float row_scale[2];                         // dequantisation of Q, times softmax_scale * log2(e)
-
-  // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out. The output so far must be
-  // multiplied by alpha before this P's product is added: in two-level accumulation that costs nothing, so
-  // the maximum is followed at once and P never exceeds 2^p_offset.
-  template <class Scores>
-  __device__ __forceinline__ void step(Scores& s, float block_scale, float p_offset, float (&alpha)[2]) {
-    float const none[2] = {-INFINITY, -INFINITY};
-    float unscaled[2], scale[2], bias[2];
-    block_max(s, none, unscaled);
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      // NOTE: never 0, which would turn the mask's -inf into NaN; nor NaN where the row sees no key of the
-      // block.
-      scale[r] = unscaled[r] == -INFINITY ? 1.f : max_nan(row_scale[r] * block_scale, 0x1p-149f);
-      float const new_max = max_nan(row_max[r], unscaled[r] * scale[r]);
-      bool const empty = new_max == -INFINITY;
-      alpha[r] = empty ? 0.f : exp2_sfu(row_max[r] - new_max);
-      bias[r] = empty ? 0.f : p_offset - new_max;
-      row_max[r] = new_max;
-    }
-    float unused[2];
-    exponentiate<kFmaOctets, false>(s, scale, bias, unused);
-  }
-
-  // row_sum: of the rounded P. As OnlineSoftmax::finish.
-  __device__ __forceinline__ void finish(float const (&row_sum)[2], float p_offset, float (&factor)[2],
-                                         float (&lse)[2]) const {
-    constexpr float kLn2 = 0.693147180559945309f;
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      bool const empty = row_max[r] == -INFINITY;
-      factor[r] = empty ? 0.f : 1.f / row_sum[r];
-      lse[r] = empty ? -INFINITY : kLn2 * (row_max[r] - p_offset + log2f(row_sum[r]));
-    }
-  }
-};
-
 }  // namespace hopper_fa

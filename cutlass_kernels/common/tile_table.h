@@ -10,7 +10,7 @@ namespace hopper_fa {
 enum class PingPong { kNever, kAfterQK, kAfterPV };
 
 struct ForwardTile {
-  char const* variant;      // users run "default", or "fp8" for 8-bit inputs; the others are experiments
+  char const* variant;      // users run "default", "fp8" or "fp8_raw" (8-bit inputs); others are experiments
   int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
   int block_m;              // query rows a CTA tile; 64 a consumer warpgroup
   int block_n;              // keys a step
@@ -23,22 +23,28 @@ struct ForwardTile {
   int fma_exp2_octets;      // of every 8 column octets, how many compute exp2 on the FP32 pipe
   float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
   int element_bytes = 2;    // of Q, K and V
-  // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its columns
-  // one after the other, and is added to O in FP32. 0: P V accumulates in O itself.
+  // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its
+  // columns, and is added to O in FP32. 0: P V accumulates in O itself.
   int pv_parts = 0;
   bool tma_store = false;  // the output leaves through the tile's Q stage and TMA
+  int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
+  int qk_parts = 1;  // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
 };
 
 constexpr ForwardTile kForwardTiles[] = {
     // variant, d, M, N, Q stages, K/V stages, regs, ping-pong, overlap, fma_exp2_octets, threshold
-    // and, where they are not 16-bit inputs' and the plain output's: element bytes, PV parts, TMA store
+    // and, where they are not 16-bit inputs' and the plain output's: element bytes, PV parts, TMA store,
+    // parts in flight
     {"default", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
     {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     // 8-bit inputs.
-    {"fp8", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1},
-    {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
-    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
+    {"fp8", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
+    {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
+    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 8, false, 3},
+    {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
+    {"fp8_raw", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
+    {"fp8_raw", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1},
     // One switch at a time off, beside the default of the same head dim (experiments/forward_ablation.py).
     {"no_warp_specialisation", 128, 128, 128, 2, 5, 0, 0, PingPong::kAfterPV, true, 0, 8.0f},
     {"no_ping_pong", 128, 128, 128, 2, 5, 24, 240, PingPong::kNever, true, 0, 8.0f},
@@ -53,11 +59,10 @@ constexpr ForwardTile kForwardTiles[] = {
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
     {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
-    {"fp8_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1},
-    {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 2},
-    {"fp8_no_ping_pong", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 2},
-    {"fp8_overlap", 128, 128, 128, 2, 10, 24, 240, PingPong::kAfterQK, true, 0, 0.0f, 1, 1},
-    {"fp8_two_q", 256, 128, 128, 2, 4, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
+    {"fp8_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1, 2},
+    {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
+    {"fp8_ping_pong", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 8, false, 3},
+    {"fp8_qk_halves", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 8, false, 3, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
@@ -85,10 +90,15 @@ constexpr int forward_slot_bytes(ForwardTile const& t) {
   return t.element_bytes == 1 ? t.block_n * forward_v_rows(t) : k;
 }
 
-// Shared memory of a CTA in bytes: Q, the K/V ring, 1 KB to align them, barriers.
+// 8 bit: bytes of v_scale and v_mean, for every warpgroup and one tile more than Q has stages.
+constexpr int forward_affine_bytes(ForwardTile const& t) {
+  return t.element_bytes == 1 ? (t.q_stages + 1) * (t.block_m / 64) * t.head_dim * 8 : 0;
+}
+
+// Shared memory of a CTA in bytes: Q, the K/V ring, V's dequantisation, 1 KB to align them, barriers.
 constexpr int forward_shared_memory(ForwardTile const& t) {
-  return t.q_stages * t.block_m * t.head_dim * t.element_bytes + t.kv_stages * forward_slot_bytes(t) + 1024 +
-         512;
+  return t.q_stages * t.block_m * t.head_dim * t.element_bytes + t.kv_stages * forward_slot_bytes(t) +
+         forward_affine_bytes(t) + 1024 + 512;
 }
 
 struct BackwardTile {

@@ -22,46 +22,18 @@ struct OutputRows {
   }
 };
 
-// 8-bit inputs: the affine map that takes a column of sum(P V) / sum(P) back to what V was before
-// quantisation.
-struct Dequantisation {
-  float const *scale, *mean;  // of the head's first column for this thread
-  int head_dim;
-  float lse_shift[2] = {0, 0};  // of this thread's rows, times softmax_scale
+// 8-bit inputs: what smoothing K took out of every score of this thread's rows, times softmax_scale.
+struct LseShift {
+  float of_row[2] = {0, 0};
 
-  // Two columns of this thread in each of four octets.
-  struct Columns {
-    float2 scale[4], mean[4];
-  };
-
-  __device__ __forceinline__ Dequantisation(ForwardArguments const& args, Tile const& tile, int first_row,
-                                            int rows_exist)
-      : head_dim(args.head_dim) {
-    int const heads_kv = args.scheduler.heads_q / args.q_heads_per_kv;
-    int const head = tile.batch * heads_kv + tile.head / args.q_heads_per_kv;
-    int64_t const column = int64_t(head) * head_dim + threadIdx.x % 4 * 2;
-    scale = args.fp8.v_scale + column;
-    mean = args.fp8.v_mean + column;
-    if (args.fp8.lse_shift) {
-      int64_t const q_head = int64_t(tile.batch) * args.scheduler.heads_q + tile.head;
-      float const* const shift = args.fp8.lse_shift + q_head * args.seqlen_q + first_row + row_in_tile();
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r)
-        if (r < rows_exist) lse_shift[r] = args.softmax_scale * __ldg(shift + 8 * r);
-    }
-  }
-
-  // NOTE: octets beyond the head dim load its last one and are not stored: without a branch the loads are in
-  // flight together, which is what the epilogue's time hangs on.
-  __device__ __forceinline__ Columns load(int octet) const {
-    Columns columns;
+  __device__ __forceinline__ LseShift(ForwardArguments const& args, Tile const& tile, int first_row,
+                                      int rows_exist) {
+    if (!args.fp8.lse_shift) return;
+    int64_t const head = int64_t(tile.batch) * args.scheduler.heads_q + tile.head;
+    float const* const shift = args.fp8.lse_shift + head * args.seqlen_q + first_row + row_in_tile();
     CUTE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      int const column = min(8 * (octet + j), head_dim - 8);
-      columns.scale[j] = __ldg(reinterpret_cast<float2 const*>(scale + column));
-      columns.mean[j] = __ldg(reinterpret_cast<float2 const*>(mean + column));
-    }
-    return columns;
+    for (int r = 0; r < 2; ++r)
+      if (r < rows_exist) of_row[r] = args.softmax_scale * __ldg(shift + 8 * r);
   }
 };
 
@@ -99,44 +71,49 @@ __device__ __forceinline__ void store_output(ForwardArguments const& args, Tile 
                                              Output const& output, float const (&factor)[2],
                                              float const (&lse)[2]) {
   OutputRows const rows(args, tile, first_row);
-  constexpr int kOctets = Traits::kHeadDim / 8;
-  float shift[2] = {0, 0};
-  if constexpr (Traits::kFp8) {
-    Dequantisation const dequantisation(args, tile, first_row, rows.exist);
-    typename Dequantisation::Columns next = dequantisation.load(0);
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
     CUTE_UNROLL
-    for (int octet = 0; octet < kOctets; octet += 4) {
-      auto const columns = next;
-      if (octet + 4 < kOctets) next = dequantisation.load(octet + 4);
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        float const weight = lse[r] == -INFINITY ? 0.f : 1.f;  // of a row that saw no key: 0
-        store_octets<Traits>(args, rows, r, octet, [&](int j) {
-          cutlass::Array<float, 2> pair;
-          int const i = 4 * (octet + j) + 2 * r;
-          pair[0] = fmaf(output(i) * factor[r], columns.scale[j].x, columns.mean[j].x * weight);
-          pair[1] = fmaf(output(i + 1) * factor[r], columns.scale[j].y, columns.mean[j].y * weight);
-          return pair;
-        });
-      }
-    }
-    shift[0] = dequantisation.lse_shift[0], shift[1] = dequantisation.lse_shift[1];
-  } else {
+    for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4)
+      store_octets<Traits>(args, rows, r, octet, [&](int j) {
+        cutlass::Array<float, 2> pair;
+        int const i = 4 * (octet + j) + 2 * r;
+        pair[0] = output(i) * factor[r], pair[1] = output(i + 1) * factor[r];
+        return pair;
+      });
+    if (r < rows.exist && threadIdx.x % 4 == 0) rows.lse[8 * r] = lse[r];
+  }
+}
+
+// The same for 8-bit inputs: out = output * factor * affine[0] + affine[1], which takes a column back to what
+// V was before quantisation.
+template <class Traits, class Output>
+__device__ __forceinline__ void store_dequantised(ForwardArguments const& args, Tile const& tile,
+                                                  int first_row, Output const& output,
+                                                  float const (&factor)[2], float const (&lse)[2],
+                                                  float const (&affine)[2][Traits::kHeadDim]) {
+  OutputRows const rows(args, tile, first_row);
+  LseShift const shift(args, tile, first_row, rows.exist);
+  CUTE_UNROLL
+  for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      CUTE_UNROLL
-      for (int octet = 0; octet < kOctets; octet += 4)
-        store_octets<Traits>(args, rows, r, octet, [&](int j) {
-          cutlass::Array<float, 2> pair;
-          int const i = 4 * (octet + j) + 2 * r;
-          pair[0] = output(i) * factor[r], pair[1] = output(i + 1) * factor[r];
-          return pair;
-        });
+      float const weight = lse[r] == -INFINITY ? 0.f : 1.f;  // of a row that saw no key: 0
+      store_octets<Traits>(args, rows, r, octet, [&](int j) {
+        int const column = 8 * (octet + j) + threadIdx.x % 4 * 2;
+        float2 const scale = *reinterpret_cast<float2 const*>(affine[0] + column);
+        float2 const mean = *reinterpret_cast<float2 const*>(affine[1] + column);
+        cutlass::Array<float, 2> pair;
+        int const i = 4 * (octet + j) + 2 * r;
+        pair[0] = fmaf(output(i) * factor[r], scale.x, mean.x * weight);
+        pair[1] = fmaf(output(i + 1) * factor[r], scale.y, mean.y * weight);
+        return pair;
+      });
     }
   }
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r)
-    if (r < rows.exist && threadIdx.x % 4 == 0) rows.lse[8 * r] = Traits::kFp8 ? lse[r] + shift[r] : lse[r];
+    if (r < rows.exist && threadIdx.x % 4 == 0) rows.lse[8 * r] = lse[r] + shift.of_row[r];
 }
 
 // The same for rows that see no key: zeros and -inf.

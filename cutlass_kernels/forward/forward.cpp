@@ -45,7 +45,7 @@ Status run_forward(ForwardParams const& p, CUstream_st* stream) {
     return Status::kInvalidArgument;
   if (is_8bit(p.dtype) &&
       (misstrided(p.q) || !p.fp8.q_scale.data || p.fp8.q_group_rows < 1 || is_8bit(p.fp8.out_dtype) ||
-       !p.fp8.v_scale || !p.fp8.v_mean || misaligned(p.fp8.v_scale, 8) || misaligned(p.fp8.v_mean, 8) ||
+       !p.fp8.v_scale || !p.fp8.v_mean || misaligned(p.fp8.v_scale, 16) || misaligned(p.fp8.v_mean, 16) ||
        (p.seqlen_k > 0 && (misstrided(p.k) || misstrided(p.v) || !p.fp8.k_scale.data))))
     return Status::kInvalidArgument;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return Status::kOk;

@@ -11,6 +11,7 @@
 
 #include "forward/loader.cuh"
 #include "forward/mainloop.cuh"
+#include "forward/mainloop_fp8.cuh"
 
 namespace hopper_fa {
 
@@ -34,7 +35,7 @@ template <class Traits, class StartTile, class Refill, class LastLoads>
 __device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& args,
                                               typename Traits::SharedStorage& shared, int warpgroup,
                                               StartTile start_tile, Refill refill, LastLoads last_loads) {
-  Mainloop<Traits> mainloop(args, shared, warpgroup);
+  std::conditional_t<Traits::kFp8, Fp8Mainloop<Traits>, Mainloop<Traits>> mainloop(args, shared, warpgroup);
   TileReader reader(shared.tiles);
   for (Tile tile; reader.next(tile);) {
     start_tile(tile);

@@ -20,6 +20,7 @@ class Loader {
   Shared& shared_;
   RingCursor<Traits::kStages> ring_;
   RingCursor<Traits::kQStages> q_ring_;
+  RingCursor<Traits::kQStages + 1> affine_ring_;
 
   struct Block {
     int index, head, batch;  // head of K and V
@@ -43,13 +44,23 @@ class Loader {
       uint64_t& full = shared_.q_full[q_ring_.slot][wg];
       EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
       if (elect_one_sync()) {
-        FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]));
+        uint32_t const affine_bytes = Traits::kFp8 ? args_.head_dim * sizeof(float) : 0;
+        FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]) + 2 * affine_bytes);
+        if constexpr (Traits::kFp8) {
+          int64_t const channels =
+              (int64_t(tile.batch) * (args_.scheduler.heads_q / args_.q_heads_per_kv) + first_.head) *
+              args_.head_dim;
+          auto& affine = shared_.v_affine[affine_ring_.slot][wg];
+          SM90_BULK_COPY_G2S::copy(args_.fp8.v_scale + channels, &full, affine[0], affine_bytes);
+          SM90_BULK_COPY_G2S::copy(args_.fp8.v_mean + channels, &full, affine[1], affine_bytes);
+        }
         copy_slabs(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
                    TMA::CacheHintSm90::EVICT_FIRST);
       }
       __syncwarp();
     }
     q_ring_.advance();
+    affine_ring_.advance();
     return end;
   }
 

@@ -22,6 +22,17 @@ __device__ __forceinline__ auto k_fragment(uint8_t const* slot) {
   return thread.make_fragment_B(thread.partition_B(k));
 }
 
+// The same of half the block's keys.
+template <class Traits, int kHalf>
+__device__ __forceinline__ auto half_k_fragment(uint8_t const* slot) {
+  using Element = typename Traits::Element;
+  Tensor k = make_tensor(make_smem_ptr(reinterpret_cast<Element const*>(slot)), typename Traits::LayoutK{});
+  Tensor half = local_tile(k, Shape<Int<Traits::kBlockN / Traits::kTile.qk_parts>, Int<Traits::kHeadDim>>{},
+                           make_coord(Int<kHalf>{}, _0{}));
+  auto thread = typename Traits::MmaHalfQK{}.get_slice(0);
+  return thread.make_fragment_B(thread.partition_B(half));
+}
+
 // B operand of P V: the V block in a slot, or a part of its columns.
 template <class Traits, int kPart>
 __device__ __forceinline__ auto v_fragment(uint8_t const* slot) {

@@ -61,7 +61,7 @@ struct ForwardTraits {
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
   static_assert(kStages >= 3);             // K of the next block, V of this one, and one to load
   static_assert(!kFp8 || kBlockN == 128);  // a row of transposed V is one swizzle atom wide
-  static_assert(kFp8 == (kTile.pv_parts > 0));
+  static_assert(kFp8 || kTile.pv_parts == 0);
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
   // The next tile's Q lies beside this one's output.
   static_assert(!kTile.tma_store || (kTile.overlap && kQStages >= 2));
@@ -83,10 +83,14 @@ struct ForwardTraits {
   using MmaQK = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, Score, Shape<_64, Int<kBlockN>, Int<kHeadDim>>>()));
 
+  using MmaHalfQK = decltype(make_tiled_mma(
+      GMMA::ss_op_selector<Element, Element, Score,
+                           Shape<_64, Int<kBlockN / kTile.qk_parts>, Int<kHeadDim>>>()));
+
   // The B operand (head dim, keys) of P V. 16 bit: the same bytes as LayoutK, seen transposed. 8 bit: V is
   // transposed in global memory, and the first of the 8 rows after the channels is ones, so that the row sum
   // of P is one more column of the output.
-  static constexpr int kOutputColumns = kHeadDim + (kFp8 ? 8 : 0);
+  static constexpr int kOutputColumns = kHeadDim + (kTile.pv_parts > 0 ? 8 : 0);
   static constexpr int kParts = kTile.pv_parts > 1 ? kTile.pv_parts : 1;
   template <int kPart>  // columns of O that one product makes: all, or a part
   static constexpr int kPartColumns =
@@ -112,6 +116,9 @@ struct ForwardTraits {
   struct SharedStorage {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];
     alignas(1024) uint8_t kv[kStages][forward_slot_bytes(kTile)];
+    // 8 bit: v_scale and v_mean of a tile's head, for each warpgroup.
+    // NOTE: one slot more than Q has, because Q is released before the epilogue reads them.
+    alignas(16) float v_affine[kFp8 ? kQStages + 1 : 1][kFp8 ? kWarpgroups : 1][2][kFp8 ? kHeadDim : 2];
     uint64_t q_full[kQStages][kWarpgroups], q_empty[kQStages][kWarpgroups];
     uint64_t kv_full[kStages], kv_empty[kStages];
     TileQueueStorage tiles;

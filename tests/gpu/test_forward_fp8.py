@@ -33,6 +33,9 @@ RECIPES = {
     "e4m3": replace(Fp8Recipe.default(), qk_dtype="e4m3"),
     # FlashAttention-3's scales, with two-level accumulation.
     "per_head": replace(Fp8Recipe.fa3(), accumulation=1, row_sum="product"),
+    # Raw sums, kernels of their own.
+    "fa3": Fp8Recipe.fa3(),
+    "fa3_paper": Fp8Recipe.fa3_paper(),
     "plain": Fp8Recipe(q_granularity="token", k_granularity="head", v_granularity="none"),
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)

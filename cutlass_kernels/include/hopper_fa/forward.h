@@ -24,7 +24,7 @@ struct Fp8Params {
   ScaleRef q_scale;  // groups of q_group_rows rows
   ScaleRef k_scale;  // groups of the tile's block_n keys
   int q_group_rows;
-  float const* v_scale;    // (batch, heads_kv, head_dim), contiguous, 8-byte aligned
+  float const* v_scale;    // (batch, heads_kv, head_dim), contiguous, 16-byte aligned
   float const* v_mean;     // the same: added to the output
   float const* lse_shift;  // (batch, heads_q, seqlen_q), or null: what smoothing K took out of every score
   float p_offset;          // P = exp2(score - maximum + p_offset)

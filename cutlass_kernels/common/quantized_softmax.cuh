@@ -1,0 +1,129 @@
+// Online softmax over 8-bit products: of one warpgroup's 64 rows, two rows a thread; elements as in
+// softmax.cuh. A factor for every row and one for every block of keys. The row sum is a column of the output
+// (V has a row of ones), so numerator and denominator hold the same rounded P.
+#pragma once
+
+#include "common/softmax.cuh"
+
+namespace hopper_fa {
+
+// Score: int32_t of int8 products, or float of e4m3's.
+//
+// NOTE: maxima are of integers in both, because Hopper has a three-way integer maximum and no float one: half
+// the instructions. Floats that are not negative are ordered as their bits are.
+template <class Score>
+struct QuantizedSoftmax {
+  static constexpr bool kInteger = std::is_same_v<Score, int32_t>;
+  // Added to the integer S the bits of kMagic give the bits of S + kMagic, for |S| < 2^22.
+  static constexpr float kMagic = 12582912.f;  // 1.5 * 2^23
+  static constexpr uint32_t kMagicBits = 0x4b400000u, kMinusInfinityBits = 0xff800000u;
+
+  float row_max[2] = {-INFINITY, -INFINITY};  // that P is relative to, in log2 units of scaled scores
+  float row_scale[2];                         // dequantisation of Q, times softmax_scale * log2(e)
+
+  // The score of a key that a row must not see: -inf once it is a float.
+  static __device__ __forceinline__ Score hidden() {
+    if constexpr (kInteger)
+      return static_cast<int32_t>(kMinusInfinityBits - kMagicBits);
+    else
+      return -INFINITY;
+  }
+
+  // best: maxima so far of the rows' bits, at least 0 for floats.
+  template <bool kStart, class Scores>
+  static __device__ __forceinline__ void follow(Scores const& s, int (&best)[2]) {
+    auto const bits = [&](int i) {
+      if constexpr (kInteger)
+        return static_cast<int>(s(i));
+      else
+        return __float_as_int(s(i));
+    };
+    constexpr int kSize = decltype(cute::size(s))::value;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      int chains[2];
+      CUTE_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        int const first = 4 * c + 2 * r;
+        int const start = kStart ? (kInteger ? bits(first) : 0) : best[r];
+        chains[c] = kStart || c == 0 ? __vimax3_s32(start, bits(first), bits(first + 1))
+                                     : max(bits(first), bits(first + 1));
+        CUTE_UNROLL
+        for (int i = first + 8; i < kSize; i += 8) chains[c] = __vimax3_s32(chains[c], bits(i), bits(i + 1));
+      }
+      best[r] = max(chains[0], chains[1]);
+    }
+  }
+
+  // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out. The output so far must be
+  // multiplied by alpha before this P's product is added: in two-level accumulation that costs nothing, so
+  // the maximum is followed at once and P never exceeds 2^p_offset.
+  // row_sum: if kSum, what the unrounded P of this thread's columns add up to.
+  template <bool kSum, class Scores, class Probabilities>
+  __device__ __forceinline__ void step(Scores const& s, int (&best)[2], Probabilities&& p, float block_scale,
+                                       float p_offset, float (&alpha)[2], float (&row_sum)[2]) {
+    float unscaled[2], scale[2], bias[2];
+    block_max(s, best, unscaled);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      // NOTE: never 0, which would turn the mask's -inf into NaN; nor NaN where the row sees no key of the
+      // block.
+      scale[r] = unscaled[r] == -INFINITY ? 1.f : max_nan(row_scale[r] * block_scale, 0x1p-149f);
+      float const new_max = max_nan(row_max[r], unscaled[r] * scale[r]);
+      bool const empty = new_max == -INFINITY;
+      alpha[r] = empty ? 0.f : exp2_sfu(row_max[r] - new_max);
+      bias[r] = empty ? 0.f : p_offset - new_max;
+      // NOTE: rounding this sum moves all scores of a row and block by at most one in the integers' last
+      // place together.
+      if (kInteger) bias[r] = fmaf(-kMagic, scale[r], bias[r]);
+      row_max[r] = new_max;
+      if constexpr (kSum) row_sum[r] *= alpha[r];
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < decltype(cute::size(s))::value; ++i) {
+      int const r = (i >> 1) & 1;
+      p(i) = exp2_sfu(fmaf(as_float(s(i)), scale[r], bias[r]));
+      if constexpr (kSum) row_sum[r] += p(i);
+    }
+  }
+
+  // row_sum: of the rounded P. As OnlineSoftmax::finish.
+  __device__ __forceinline__ void finish(float const (&row_sum)[2], float p_offset, float (&factor)[2],
+                                         float (&lse)[2]) const {
+    constexpr float kLn2 = 0.693147180559945309f;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      bool const empty = row_max[r] == -INFINITY;
+      factor[r] = empty ? 0.f : 1.f / row_sum[r];
+      lse[r] = empty ? -INFINITY : kLn2 * (row_max[r] - p_offset + log2f(row_sum[r]));
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ float as_float(Score s) {  // of integers: plus kMagic
+    if constexpr (kInteger)
+      return __uint_as_float(static_cast<uint32_t>(s) + kMagicBits);
+    else
+      return s;
+  }
+
+  // The rows' maxima over the block, across the quads.
+  template <class Scores>
+  static __device__ __forceinline__ void block_max(Scores const& s, int (&best)[2], float (&result)[2]) {
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      best[r] = max(best[r], __shfl_xor_sync(~0u, best[r], 1));
+      best[r] = max(best[r], __shfl_xor_sync(~0u, best[r], 2));
+      result[r] = kInteger ? as_float(static_cast<Score>(best[r])) - kMagic : __int_as_float(best[r]);
+    }
+    if constexpr (!kInteger) {
+      // A row without a positive score: rare, unless the mask hides all of its keys.
+      if (__any_sync(~0u, best[0] <= 0 || best[1] <= 0)) {
+        float const none[2] = {-INFINITY, -INFINITY};
+        hopper_fa::block_max(s, none, result);
+      }
+    }
+  }
+};
+
+}  // namespace hopper_fa

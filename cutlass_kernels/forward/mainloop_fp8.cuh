@@ -1,0 +1,298 @@
+// The computing side for 8-bit inputs: one warpgroup's 64 query rows against all their key blocks.
+//
+//   turn of block n:   T = P V of block n, part by part of its columns    (tensor cores)
+//                      O = O alpha + T in FP32, a part while the next ones are multiplied
+//                      S = Q K^T of block n - 1                           (tensor cores)
+//   then:              P = softmax(S), beside the other warpgroups' turns
+//
+// The tensor core keeps 13 bits of what it adds up, so its sums must be short: T starts from zero in every
+// block. Tiles without parts of P V add up in the tensor core all the same.
+#pragma once
+
+#include "common/mask.cuh"
+#include "common/quantized_softmax.cuh"
+#include "forward/epilogue.cuh"
+#include "forward/operands.cuh"
+#include "forward/traits.cuh"
+
+namespace hopper_fa {
+
+template <class Traits>
+class Fp8Mainloop {
+  using Shared = typename Traits::SharedStorage;
+  static constexpr ForwardTile kTile = Traits::kTile;
+  static constexpr int kBlockN = Traits::kBlockN;
+  static constexpr bool kTwoLevels = kTile.pv_parts > 0;
+  static constexpr int kParts = Traits::kParts;
+  static constexpr int kPartSize = Traits::kHeadDim / kParts / 2;  // registers of a part, without the row sum
+  static constexpr int kQKParts = kTile.qk_parts;
+  static constexpr int kHalf = kBlockN / kQKParts;
+  static constexpr int kInFlight = kTile.pv_in_flight;
+  using Score = typename Traits::Score;
+  using Softmax = QuantizedSoftmax<Score>;
+  using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
+  using Sums = decltype(make_tensor<float>(Int<Traits::kOutputColumns / 2>{}));
+
+  typename Traits::Arguments const& args_;
+  Shared& shared_;
+  int const warpgroup_;  // among the computing ones
+  Baton const baton_;
+  RingCursor<Traits::kStages> ring_;
+  RingCursor<Traits::kQStages> q_ring_;
+  RingCursor<Traits::kQStages + 1> affine_ring_;
+
+  decltype(make_tensor<float>(Int<Traits::kHeadDim / 2>{})) output_;  // 64 x head_dim
+  // Two levels: the output column that V's row of ones makes; the quad's first lane has it. Else the FP32 sum
+  // of the unrounded P in this thread's columns.
+  float row_sum_[2];
+  int k_scales_;  // where those of the tile's head start
+  Softmax softmax_;
+
+ public:
+  __device__ Fp8Mainloop(typename Traits::Arguments const& args, Shared& shared, int warpgroup)
+      : args_(args),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        baton_{warpgroup, kTile.ping_pong == PingPong::kNever ? 1 : args.warpgroups} {
+    baton_.start();
+  }
+
+  // All turns of a tile, and its output.
+  template <class Refill>
+  __device__ __forceinline__ void run(Tile const& tile, Refill) {
+    int const tile_rows = 64 * args_.warpgroups;
+    int const tile_end = block_range(tile.m_block * tile_rows, tile_rows, args_.seqlen_q, args_.seqlen_k,
+                                     args_.causal, kBlockN)
+                             .end;
+    int const row = first_row(tile);
+    BlockRange const range = block_range(row, 64, args_.seqlen_q, args_.seqlen_k, args_.causal, kBlockN);
+    // Blocks that only later rows of the tile see: pass them on unread, but keep taking turns.
+    int const skipped = tile_end - range.end;
+#pragma unroll 1
+    for (int i = 0; i < skipped; ++i) {
+      baton_.take_immediate();
+      baton_.pass();
+      skip_block();
+      skip_block();
+    }
+    if (tile_end > 0) wait_q();
+    if (range.end == 0) {
+      if (tile_end > 0) {
+        release_q();
+        affine_ring_.advance();
+        baton_.take_immediate(), baton_.pass();  // as often as below
+      }
+      store_empty<Traits>(args_, tile, row);
+      return;
+    }
+    softmax_ = make_softmax(tile);
+    clear(output_);
+    row_sum_[0] = row_sum_[1] = 0;
+    baton_.take_immediate();
+#pragma unroll 1
+    for (int n = range.end - 1; n >= 0; --n) {
+      float const block_scale = k_scale(n);
+      Scores s;
+      int best[2];
+      wait_block();
+      // NOTE: else int8 keeps its counters in vector registers, and 100 bytes spill; at d128 it costs
+      // registers.
+      if constexpr (Traits::kHeadDim == 256) __syncwarp();
+      issue_half<0>(s);
+      if constexpr (kQKParts == 2) issue_half<1>(s);
+      baton_.pass();
+      finish_half<0, kQKParts - 1>(s, best);
+      if constexpr (kQKParts == 2) finish_half<1, 0>(s, best);
+      release_slot(ring_.slot);
+      ring_.advance();
+      if (n == 0) release_q();
+      bool const masked = n >= range.unmasked;
+      if (masked || args_.negate_scores) prepare_scores(s, best, n, row, masked);
+      float alpha[2];
+      softmax_.template step<!kTwoLevels>(s, best, p_of(s), block_scale, args_.fp8.p_offset, alpha, row_sum_);
+      decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{})) p;  // 64 x kBlockN
+      round_probabilities<Traits>(p_of(s), p);
+      // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
+      // of the softmax moves below the baton, under which it would hold everybody up.
+      warpgroup_fence_operand(p);
+      wait_block();
+      baton_.take_immediate();
+      if constexpr (kTwoLevels)
+        add_product(p, alpha);
+      else
+        accumulate_product(p, alpha);
+      release_slot(ring_.slot);
+      ring_.advance();
+    }
+    baton_.pass();
+    finish_tile(tile, row);
+  }
+
+  __device__ __forceinline__ void flush() {}
+
+ private:
+  // O = O alpha + P V, the product part by part of its columns, kInFlight parts in flight.
+  template <class P>
+  __device__ __forceinline__ void add_product(P const& p, float const (&alpha)[2]) {
+    Sums t;
+    auto const issue = [&](auto part) {
+      if constexpr (part < kParts) issue_part<part>(t, p);
+    };
+    for_each(make_int_sequence<kInFlight>{}, issue);
+    for_each(make_int_sequence<kParts>{}, [&](auto part) {
+      add_part<part, (part + kInFlight <= kParts ? kInFlight - 1 : kParts - 1 - part)>(t, alpha);
+      issue(Int<part + kInFlight>{});
+    });
+  }
+
+  // The same in the tensor core's accumulator.
+  template <class P>
+  __device__ __forceinline__ void accumulate_product(P const& p, float const (&alpha)[2]) {
+    if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) scale_rows(output_, alpha);
+    auto output = part_of<0>(output_);
+    issue_product(typename Traits::template MmaPV<0>{}, p, v_fragment<Traits, 0>(shared_.kv[ring_.slot]),
+                  output, true);
+    wait_product<0>(output);
+  }
+
+  template <int kPart>
+  static constexpr int kSize = kPartSize + (kPart == kParts - 1 ? 4 : 0);
+
+  // One part of the columns of P V of the block in v_slot.
+  template <int kPart, class P>
+  __device__ __forceinline__ void issue_part(Sums& t, P const& p) {
+    typename Traits::template MmaPV<kPart> mma;
+    auto part = part_of<kPart>(t);
+    issue_product(mma, p, v_fragment<Traits, kPart>(shared_.kv[ring_.slot]), part, false);
+  }
+  template <int kPart, class Sums>
+  static __device__ __forceinline__ auto part_of(Sums& t) {
+    using Fragment = decltype(partition_fragment_C(typename Traits::template MmaPV<kPart>{},
+                                                   Shape<_64, Int<Traits::template kPartColumns<kPart>>>{}));
+    return make_tensor(t.data() + kPart * kPartSize, Fragment{}.layout());
+  }
+
+  // Waits until at most kPending products are in flight, and adds the part to the output.
+  template <int kPart, int kPending>
+  __device__ __forceinline__ void add_part(Sums& t, float const (&alpha)[2]) {
+    auto part = part_of<kPart>(t);
+    wait_product<kPending>(part);
+    CUTE_UNROLL
+    for (int i = 0; i < kPartSize; ++i) {
+      float& output = output_(kPart * kPartSize + i);
+      output = fmaf(output, alpha[(i >> 1) & 1], part(i));
+    }
+    if constexpr (kPart == kParts - 1) {
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) row_sum_[r] = fmaf(row_sum_[r], alpha[r], part(kPartSize + 2 * r));
+    }
+  }
+
+  // Scores of half a block's keys.
+  template <int kIndex>
+  static __device__ __forceinline__ auto half_of(Scores& s) {
+    using Fragment = decltype(partition_fragment_C(typename Traits::MmaHalfQK{}, Shape<_64, Int<kHalf>>{}));
+    return make_tensor(s.data() + kIndex * (kHalf / 2), Fragment{}.layout());
+  }
+  template <int kIndex>
+  __device__ __forceinline__ void issue_half(Scores& s) {
+    auto half = half_of<kIndex>(s);
+    issue_product(typename Traits::MmaHalfQK{}, q_fragment<Traits>(shared_.q[q_ring_.slot][warpgroup_]),
+                  half_k_fragment<Traits, kIndex>(shared_.kv[ring_.slot]), half, false);
+  }
+
+  // Waits for it, and follows the maxima.
+  template <int kIndex, int kPending>
+  __device__ __forceinline__ void finish_half(Scores& s, int (&best)[2]) {
+    auto half = half_of<kIndex>(s);
+    wait_product<kPending>(half);
+    Softmax::template follow<kIndex == 0>(half, best);
+  }
+
+  // What most blocks do without: a negative softmax scale, the mask.
+  __device__ __forceinline__ void prepare_scores(Scores& s, int (&best)[2], int n, int first_row,
+                                                 bool masked) const {
+    if (args_.negate_scores) {
+      CUTE_UNROLL
+      for (int i = 0; i < size(s); ++i) s(i) = -s(i);
+    }
+    int const keys = args_.seqlen_k - n * kBlockN;
+    int const diagonal = first_row + row_in_tile() + 1 + (args_.seqlen_k - args_.seqlen_q) - n * kBlockN;
+    int const visible[2] = {args_.causal ? min(keys, diagonal) : keys,
+                            args_.causal ? min(keys, diagonal + 8) : keys};
+    if (masked) mask_scores(s, visible, Softmax::hidden());
+    Softmax::template follow<true>(s, best);
+  }
+
+  static __device__ __forceinline__ auto p_of(Scores& s) {
+    return make_tensor(reinterpret_cast<float*>(s.data()), s.layout());
+  }
+
+  __device__ __forceinline__ void finish_tile(Tile const& tile, int row) {
+    float factor[2], lse[2], row_sum[2];
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r)
+      row_sum[r] = kTwoLevels ? __shfl_sync(~0u, row_sum_[r], threadIdx.x % 32 & ~3) : quad_sum(row_sum_[r]);
+    softmax_.finish(row_sum, args_.fp8.p_offset, factor, lse);
+    // NOTE: two ways to the same values; at d256 (one Q stage) registers are scarce, and d128 spills with the
+    // first.
+    constexpr bool kOneStage = Traits::kQStages == 1;
+    int const slot = kOneStage ? q_ring_.phase ^ 1 : affine_ring_.slot;
+    store_dequantised<Traits>(args_, tile, kOneStage ? row : first_row(tile), output_, factor, lse,
+                              shared_.v_affine[slot][warpgroup_]);
+    affine_ring_.advance();
+  }
+
+  // A tile's softmax before its first block; starts the loads of its dequantisation factors.
+  __device__ __forceinline__ Softmax make_softmax(Tile const& tile) {
+    Fp8Params const& fp8 = args_.fp8;
+    int const row = first_row(tile) + row_in_tile();
+    float const* const q_scale =
+        fp8.q_scale.data + tile.batch * fp8.q_scale.batch_stride + tile.head * fp8.q_scale.head_stride;
+    Softmax softmax;
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      int const group = min(row + 8 * r, args_.seqlen_q - 1) / fp8.q_group_rows;
+      softmax.row_scale[r] = __ldg(q_scale + group * fp8.q_scale.group_stride) * args_.scale_log2;
+    }
+    k_scales_ =
+        tile.batch * fp8.k_scale.batch_stride + tile.head / args_.q_heads_per_kv * fp8.k_scale.head_stride;
+    return softmax;
+  }
+
+  // Dequantisation factor of K block n. Loaded before a turn, needed after it.
+  __device__ __forceinline__ float k_scale(int n) const {
+    ScaleRef const& scales = args_.fp8.k_scale;
+    float scale;
+    // NOTE: volatile, or the compiler moves the load down to where it is needed, and its latency with it.
+    asm volatile("ld.global.nc.f32 %0, [%1];"
+                 : "=f"(scale)
+                 : "l"(scales.data + k_scales_ + n * scales.group_stride));
+    return scale;
+  }
+
+  __device__ __forceinline__ int first_row(Tile const& tile) const {
+    return 64 * (tile.m_block * args_.warpgroups + warpgroup_);
+  }
+
+  __device__ __forceinline__ void wait_block() const {
+    FullBarrier::wait(&shared_.kv_full[ring_.slot], ring_.phase);
+  }
+  __device__ __forceinline__ void release_slot(int slot) const {
+    if (cute::elect_one_sync()) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
+  }
+  __device__ __forceinline__ void skip_block() {
+    wait_block();
+    release_slot(ring_.slot);
+    ring_.advance();
+  }
+  __device__ __forceinline__ void wait_q() const {
+    FullBarrier::wait(&shared_.q_full[q_ring_.slot][warpgroup_], q_ring_.phase);
+  }
+  __device__ __forceinline__ void release_q() {
+    if (cute::elect_one_sync()) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
+    q_ring_.advance();
+  }
+};
+
+}  // namespace hopper_fa
