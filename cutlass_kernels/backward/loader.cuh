@@ -27,19 +27,22 @@ __device__ __forceinline__ void load_blocks(BackwardArguments const& args,
   constexpr int kBlockM = Traits::kBlockM;
   constexpr uint32_t kBlockBytes = sizeof(shared.q[0]), kRowBytes = sizeof(shared.bias[0]);
   auto const once = TMA::CacheHintSm90::EVICT_FIRST, often = TMA::CacheHintSm90::EVICT_LAST;
-  KeyTile const tile = KeyTile::get<Traits>(args);
+  KeyTile const& tile = shared.tile;
   if (tile.walk.count == 0) return;
   int const first_key = tile.n_block * Traits::kBlockN;
   RingCursor<Traits::kTile.q_stages> q_ring;
   RingCursor<Traits::kTile.do_stages> do_ring;
   q_ring.phase = do_ring.phase = 1;
-  bool first = true;
 
   if (elect_one_sync()) {
     FullBarrier::arrive_and_expect_tx(&shared.k_full, sizeof(shared.k));
     load_block<Traits>(args.k, shared.k_full, shared.k, Traits::kBlockN, first_key, tile.head, tile.batch,
                        once);
+    FullBarrier::arrive_and_expect_tx(&shared.v_full, sizeof(shared.v));
+    load_block<Traits>(args.v, shared.v_full, shared.v, Traits::kBlockN, first_key, tile.head, tile.batch,
+                       once);
   }
+  __syncwarp();
   tile.for_each_step(args, [&](int head, int m_block) {
     int64_t const rows =
         (static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block) * kBlockM;
@@ -53,12 +56,6 @@ __device__ __forceinline__ void load_blocks(BackwardArguments const& args,
     }
     __syncwarp();
     q_ring.advance();
-    if (first && elect_one_sync()) {
-      FullBarrier::arrive_and_expect_tx(&shared.v_full, sizeof(shared.v));
-      load_block<Traits>(args.v, shared.v_full, shared.v, Traits::kBlockN, first_key, tile.head, tile.batch,
-                         once);
-    }
-    first = false;
     EmptyBarrier::wait(&shared.do_empty[do_ring.slot], do_ring.phase);
     if (elect_one_sync()) {
       uint64_t& full = shared.do_full[do_ring.slot];
@@ -79,23 +76,19 @@ __device__ __forceinline__ void bulk_add(float* global, float const* smem, uint3
   tma_store_arrive();
 }
 
-// A key block's place in the order of additions to one query block (deterministic mode).
-struct Turn {
-  int* done;  // how many key blocks have added
-
-  __device__ __forceinline__ void wait(int mine) const {
-    int now;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(done) : "memory");
-    } while (now != mine);
-    // NOTE: what follows goes through the asynchronous proxy.
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-  }
-  __device__ __forceinline__ void pass() const {
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
-  }
-};
+// Deterministic mode: `done` counts the key blocks that have added to a query block. Waits for its turn.
+__device__ __forceinline__ void wait_turn(int const* done, int mine) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(done) : "memory");
+  } while (now != mine);
+  // NOTE: what follows goes through the asynchronous proxy.
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ __forceinline__ void pass_turn(int* done) {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
+}
 
 // Until at most kPending of this thread's bulk additions have not been carried out in global memory.
 template <int kPending>
@@ -108,24 +101,23 @@ __device__ __forceinline__ void wait_added() {
 template <class Traits>
 __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename Traits::SharedStorage& shared,
                                        int warpgroup) {
-  KeyTile const tile = KeyTile::get<Traits>(args);
+  KeyTile const& tile = shared.tile;
+  float const* const from = shared.dq[warpgroup];
   uint32_t phase = 0;
-  Turn before = {nullptr};
+  int before = -1;  // query block whose turn is still to be passed on
+  auto const turn = [&](int block) { return args.turns + (block * Traits::kWarpgroups + warpgroup); };
   tile.for_each_step(args, [&](int head, int m_block) {
-    int64_t const block = static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block;
-    float* const sum =
-        args.dq_sum + (block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks) * kChunk;
-    Turn turn = {nullptr};
-    if (args.turns) {
-      turn.done = args.turns + block * Traits::kWarpgroups + warpgroup;
-      turn.wait(dq_turn(tile.walk, tile.n_block, args.n_blocks, m_block, args.seqlen_q, args.seqlen_k,
-                        Traits::kBlockM, Traits::kBlockN, args.group_size));
-    }
-    CUTE_UNROLL
+    int const block = (tile.batch * args.heads_q + head) * args.m_blocks + m_block;
+    if (args.turns)
+      wait_turn(turn(block), dq_turn(tile.walk, tile.n_block, args.n_blocks, m_block, args.seqlen_q,
+                                     args.seqlen_k, Traits::kBlockM, Traits::kBlockN, args.group_size));
+    // NOTE: unrolled it would spill: 24 registers.
+    CUTE_NO_UNROLL
     for (int i = 0; i < Traits::kWarpgroupChunks; ++i) {
+      int const chunk = block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks + i;
       FullBarrier::wait(&shared.dq_full[warpgroup], phase);
       phase ^= 1;
-      bulk_add(sum + i * kChunk, shared.dq[warpgroup], kChunk * sizeof(float));
+      bulk_add(args.dq_sum + int64_t(chunk) * kChunk, from, kChunk * sizeof(float));
       tma_store_wait<0>();  // read; shared memory is free
       EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
     }
@@ -133,15 +125,15 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
     // are not: all CTAs of a group might wait for each other in a circle.
     if (args.turns && args.causal) {
       wait_added<Traits::kWarpgroupChunks>();
-      if (before.done) before.pass();
-      before = turn;
+      if (before >= 0) pass_turn(turn(before));
+      before = block;
     } else if (args.turns) {
       wait_added<0>();
-      turn.pass();
+      pass_turn(turn(block));
     }
   });
   wait_added<0>();
-  if (before.done) before.pass();
+  if (before >= 0) pass_turn(turn(before));
 }
 
 }  // namespace hopper_fa
