@@ -90,6 +90,7 @@ std::vector<py::dict> backward_tiles() {
     d["ds_stages"] = t.ds_stages;
     d["producer_registers"] = t.producer_registers;
     d["consumer_registers"] = t.consumer_registers;
+    d["split"] = t.split;
     std::vector<std::string> dtypes;
     if (has_backward(DType::kBF16, i)) dtypes.push_back("bf16");
     if (has_backward(DType::kFP16, i)) dtypes.push_back("fp16");
@@ -142,7 +143,9 @@ ForwardParams forward_params(int dtype, int tile, std::uintptr_t q, int64_t q_ba
 // Pointer, batch, row and head stride.
 using Strided = std::tuple<std::uintptr_t, int64_t, int64_t, int64_t>;
 
-TensorRef tensor_ref(Strided const& t) { return std::apply([](auto... x) { return tensor_ref(x...); }, t); }
+TensorRef tensor_ref(Strided const& t) {
+  return std::apply([](auto... x) { return tensor_ref(x...); }, t);
+}
 
 void bind_backward(py::module_& m) {
   m.def("backward_tiles", &backward_tiles);
@@ -150,39 +153,39 @@ void bind_backward(py::module_& m) {
     BackwardWorkspace const w = backward_workspace(tile, batch, seqlen_q, heads_q);
     return std::make_tuple(w.dq_sum, w.rows, w.turns);
   });
-  m.def("backward", [](int dtype, int tile, Strided const& q, Strided const& k, Strided const& v,
-                       Strided const& out, Strided const& dout, Strided const& dq, Strided const& dk,
-                       Strided const& dv, std::uintptr_t lse, std::uintptr_t dlse, std::uintptr_t dq_sum,
-                       std::uintptr_t rows, std::uintptr_t turns, int batch, int seqlen_q, int seqlen_k,
-                       int heads_q, int heads_kv, int head_dim, float softmax_scale, bool causal,
-                       bool deterministic, std::uintptr_t stream) {
-    BackwardParams p{};
-    p.dtype = static_cast<DType>(dtype);
-    p.tile = tile;
-    p.q = tensor_ref(q);
-    p.k = tensor_ref(k);
-    p.v = tensor_ref(v);
-    p.out = tensor_ref(out);
-    p.dout = tensor_ref(dout);
-    p.dq = tensor_ref(dq);
-    p.dk = tensor_ref(dk);
-    p.dv = tensor_ref(dv);
-    p.lse = reinterpret_cast<float const*>(lse);
-    p.dlse = reinterpret_cast<float const*>(dlse);
-    p.dq_sum = reinterpret_cast<float*>(dq_sum);
-    p.rows = reinterpret_cast<float*>(rows);
-    p.turns = reinterpret_cast<int*>(turns);
-    p.batch = batch;
-    p.seqlen_q = seqlen_q;
-    p.seqlen_k = seqlen_k;
-    p.heads_q = heads_q;
-    p.heads_kv = heads_kv;
-    p.head_dim = head_dim;
-    p.softmax_scale = softmax_scale;
-    p.causal = causal;
-    p.deterministic = deterministic;
-    return static_cast<int>(run_backward(p, reinterpret_cast<CUstream_st*>(stream)));
-  });
+  m.def("backward",
+        [](int dtype, int tile, Strided const& q, Strided const& k, Strided const& v, Strided const& out,
+           Strided const& dout, Strided const& dq, Strided const& dk, Strided const& dv, std::uintptr_t lse,
+           std::uintptr_t dlse, std::uintptr_t dq_sum, std::uintptr_t rows, std::uintptr_t turns, int batch,
+           int seqlen_q, int seqlen_k, int heads_q, int heads_kv, int head_dim, float softmax_scale,
+           bool causal, bool deterministic, std::uintptr_t stream) {
+          BackwardParams p{};
+          p.dtype = static_cast<DType>(dtype);
+          p.tile = tile;
+          p.q = tensor_ref(q);
+          p.k = tensor_ref(k);
+          p.v = tensor_ref(v);
+          p.out = tensor_ref(out);
+          p.dout = tensor_ref(dout);
+          p.dq = tensor_ref(dq);
+          p.dk = tensor_ref(dk);
+          p.dv = tensor_ref(dv);
+          p.lse = reinterpret_cast<float const*>(lse);
+          p.dlse = reinterpret_cast<float const*>(dlse);
+          p.dq_sum = reinterpret_cast<float*>(dq_sum);
+          p.rows = reinterpret_cast<float*>(rows);
+          p.turns = reinterpret_cast<int*>(turns);
+          p.batch = batch;
+          p.seqlen_q = seqlen_q;
+          p.seqlen_k = seqlen_k;
+          p.heads_q = heads_q;
+          p.heads_kv = heads_kv;
+          p.head_dim = head_dim;
+          p.softmax_scale = softmax_scale;
+          p.causal = causal;
+          p.deterministic = deterministic;
+          return static_cast<int>(run_backward(p, reinterpret_cast<CUstream_st*>(stream)));
+        });
 }
 
 // Pointer, batch, head and group stride.

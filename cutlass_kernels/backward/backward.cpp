@@ -37,7 +37,7 @@ bool has_backward(DType dtype, int tile) { return find(dtype, tile) != nullptr; 
 BackwardWorkspace backward_workspace(int tile, int batch, int seqlen_q, int heads_q) {
   BackwardTile const& t = kBackwardTiles[tile];
   int64_t const blocks = int64_t(batch) * heads_q * ceil_div(seqlen_q, t.block_m);
-  return {blocks * t.block_m * t.head_dim, blocks * t.block_m * 2, blocks * (t.block_n / 64)};
+  return {blocks * t.block_m * t.head_dim, blocks * t.block_m * 2, blocks * 2};
 }
 
 Status run_backward(BackwardParams const& p, CUstream_st* stream) {
@@ -45,10 +45,15 @@ Status run_backward(BackwardParams const& p, CUstream_st* stream) {
   if (!instance) return Status::kNoInstance;
   if (p.batch < 0 || p.seqlen_q < 0 || p.seqlen_k < 0 || p.heads_kv < 1 || p.heads_q % p.heads_kv != 0 ||
       p.head_dim < 8 || p.head_dim % 8 != 0 || p.head_dim > kBackwardTiles[p.tile].head_dim ||
-      (p.deterministic && !p.turns) || misaligned(p.dq_sum) || misaligned(p.rows))
+      (p.seqlen_q > 0 && ((p.deterministic && !p.turns) || misaligned(p.dq_sum) || misaligned(p.rows))))
     return Status::kInvalidArgument;
-  for (TensorRef const* t : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv})
-    if (misaligned(t->data)) return Status::kInvalidArgument;
+  // Frameworks put any address into a tensor without elements.
+  if (p.batch > 0 && p.seqlen_q > 0)
+    for (TensorRef const* t : {&p.q, &p.out, &p.dout, &p.dq})
+      if (misaligned(t->data)) return Status::kInvalidArgument;
+  if (p.batch > 0 && p.seqlen_k > 0)
+    for (TensorRef const* t : {&p.k, &p.v, &p.dk, &p.dv})
+      if (misaligned(t->data)) return Status::kInvalidArgument;
   if (p.batch == 0 || p.heads_q == 0 || (p.seqlen_q == 0 && p.seqlen_k == 0)) return Status::kOk;
   Device const device = hopper_device();
   Status const status = device.sms > 0 ? instance->launch(p, device, stream) : Status::kWrongDevice;

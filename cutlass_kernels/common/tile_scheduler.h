@@ -39,19 +39,19 @@ struct TileScheduler {
 
 // kv_bytes: K and V of one head of one batch entry; q_heads_per_kv of them share it.
 inline TileScheduler make_tile_scheduler(int batch, int heads_q, int q_heads_per_kv, int seqlen_q,
-                                         int tile_rows, long long kv_bytes, bool causal) {
+                                         int tile_rows, long long kv_bytes, bool causal,
+                                         int min_section_heads = 16) {
   constexpr long long kL2Budget = 32LL << 20;  // of Hopper's 50 MB; the rest is for Q and O passing through
   // NOTE: a section ends in short tiles and the next begins with long ones, so a small last section
   // unbalances the end. 16 heads are few enough that 8 CTAs read the same keys at the same time, whether or
   // not these fit the L2 cache.
-  constexpr int kMinSectionHeads = 16;
   TileScheduler s;
   s.m_blocks = ceil_div(seqlen_q, tile_rows);
   s.heads_q = heads_q;
   s.num_tiles = batch * heads_q * s.m_blocks;
   long long const kv_heads = kv_bytes > 0 ? kL2Budget / kv_bytes : batch * heads_q;
   long long const fitting = kv_heads * q_heads_per_kv;
-  long long const q_heads = fitting > kMinSectionHeads ? fitting : kMinSectionHeads;
+  long long const q_heads = fitting > min_section_heads ? fitting : min_section_heads;
   s.section_heads = q_heads < batch * heads_q ? static_cast<int>(q_heads) : batch * heads_q;
   s.longest_first = causal;
   return s;

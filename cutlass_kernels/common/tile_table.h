@@ -95,19 +95,20 @@ struct BackwardTile {
   char const* variant;
   int head_dim;            // as in ForwardTile
   int block_m;             // query rows a step
-  int block_n;             // keys of a CTA; 64 a consumer warpgroup
+  int block_n;             // keys of a CTA
   int q_stages;            // query blocks of Q in shared memory
   int do_stages;           // the same of dO
   int ds_stages;           // score gradients of so many steps in shared memory
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
+  bool split;              // the two warpgroups share 64 keys: mainloop_split.cuh
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
     // variant, d, M, N, Q, dO and dS stages, regs
-    {"default", 64, 128, 128, 2, 2, 2, 24, 240},
-    {"default", 128, 64, 128, 2, 2, 2, 24, 240},
-    {"default", 256, 64, 64, 2, 2, 1, 24, 240},
+    {"default", 64, 128, 128, 2, 2, 2, 24, 240, false},
+    {"default", 128, 64, 128, 2, 2, 2, 24, 240, false},
+    {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 

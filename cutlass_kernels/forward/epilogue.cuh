@@ -1,27 +1,10 @@
 // Output of one warpgroup: registers to global memory, without a detour through shared memory.
 #pragma once
 
+#include "common/fragment.cuh"
 #include "forward/traits.cuh"
 
 namespace hopper_fa {
-
-// Of this thread's first row in the warpgroup's 64; its second is 8 further.
-__device__ __forceinline__ int row_in_tile() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
-
-// 4 x 4 transpose across a quad: lane t passes word j to lane j and ends with word t of lanes 0, 1, 2, 3.
-__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
-  bool const upper = threadIdx.x & 2, odd = threadIdx.x & 1;
-  CUTE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    uint32_t const received = __shfl_xor_sync(~0u, upper ? w[i] : w[i + 2], 2);
-    (upper ? w[i] : w[i + 2]) = received;
-  }
-  CUTE_UNROLL
-  for (int i = 0; i < 4; i += 2) {
-    uint32_t const received = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
-    (odd ? w[i] : w[i + 1]) = received;
-  }
-}
 
 // Where the rows of this thread go: row r and r + 8 of its warp's 16.
 struct OutputRows {
@@ -81,12 +64,6 @@ struct Dequantisation {
     return columns;
   }
 };
-
-template <class Element>
-__device__ __forceinline__ uint32_t round_pair(cutlass::Array<float, 2> const& pair) {
-  cutlass::NumericArrayConverter<Element, float, 2> round;
-  return reinterpret_cast<uint32_t const&>(static_cast<cutlass::Array<Element, 2> const&>(round(pair)));
-}
 
 // Two columns in the output's dtype. 8 bit: a run-time choice here, which costs two instructions, because one
 // around store_output would double its code.

@@ -3,8 +3,8 @@
 
 #include <cuda.h>
 #include <cutlass/numeric_conversion.h>
-#include <cutlass/numeric_types.h>
 
+#include "common/element.cuh"
 #include "common/pipeline.cuh"
 #include "common/tile_queue.cuh"
 #include "common/tile_scheduler.h"
@@ -34,25 +34,6 @@ struct ForwardArguments {
 
 struct TmaStoreArguments : ForwardArguments {
   CUtensorMap out_map;
-};
-
-template <DType kDType>
-struct ElementOf;
-template <>
-struct ElementOf<DType::kBF16> {
-  using type = cutlass::bfloat16_t;
-};
-template <>
-struct ElementOf<DType::kFP16> {
-  using type = cutlass::half_t;
-};
-template <>
-struct ElementOf<DType::kE4M3> {
-  using type = cutlass::float_e4m3_t;
-};
-template <>
-struct ElementOf<DType::kInt8> {
-  using type = int8_t;
 };
 
 // Keys or columns of a swizzle atom that a block of `bytes` contiguous bytes a row is cut into.

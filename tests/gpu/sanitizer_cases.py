@@ -15,10 +15,11 @@ from dataclasses import replace
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
+from torch import Tensor
 
 from hopper_fa import Fp8Recipe, flash_attn_func, kernels
 from hopper_fa.metrics import error_metrics
-from hopper_fa.reference import attention_reference
+from hopper_fa.reference import attention_reference, gradients_reference
 
 # Input dtype, recipe of 8-bit kernels, largest relative L2 error.
 DTYPES = {
@@ -32,39 +33,73 @@ DTYPES = {
 PROBLEMS = [(1, 2, 1, 113, 239), (2, 2, 2, 200, 520), (1, 1, 1, 1, 1), (1, 2, 2, 70, 0), (10, 16, 8, 130, 90)]
 
 
+def check_forward(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, problem: str) -> None:
+    _, recipe, allowed = DTYPES[name]
+    out, lse = flash_attn_func(q, k, v, causal=causal, recipe=recipe, return_lse=True)
+    truth, true_lse = attention_reference(q.cpu(), k.cpu(), v.cpu(), causal=causal)
+    error = error_metrics(out.cpu(), truth)["relative_l2"]
+    if not error <= allowed:
+        raise SystemExit(f"{problem}: relative L2 error {error:.2e} exceeds {allowed}")
+    atol = 1e-3 if recipe is None else 0.25  # a row of few keys has few errors to average
+    torch.testing.assert_close(lse.cpu().double(), true_lse, atol=atol, rtol=1e-6)
+
+
+def check_backward(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, problem: str) -> None:
+    """Both modes, with a gradient of LSE and without."""
+    allowed = DTYPES[name][2]
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    for deterministic in (False, True):
+        out, lse = flash_attn_func(
+            *leaves, causal=causal, deterministic=deterministic, return_lse=True, backend="cuda"
+        )
+        dout, dlse = torch.randn_like(out), torch.randn_like(lse) if deterministic else None
+        results = (out, lse) if deterministic else (out,)
+        got = torch.autograd.grad(results, leaves, (dout, dlse)[: len(results)])
+        tensors = (None if t is None else t.detach().cpu() for t in (dout, dlse, q, k, v, out, lse))
+        want = gradients_reference(*tensors, q.shape[-1] ** -0.5, causal)
+        for which, gradient, truth in zip(("dq", "dk", "dv"), got, want, strict=True):
+            error = (gradient.cpu() - truth).norm().item()
+            # Gradients that cancel, of a row with one key, are compared with nothing smaller than 1e-3.
+            if not error <= allowed * truth.norm().item() + 1e-3 * truth.numel() ** 0.5:
+                raise SystemExit(f"{problem}: {which} is off by {error:.2e} of {truth.norm().item():.2e}")
+
+
+FAMILIES = {
+    "forward": (kernels.FORWARD_TILES, check_forward),
+    "backward": (kernels.BACKWARD_TILES, check_backward),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--head-dim", type=int, action="append", help="default: every one built, and 40")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: every one built")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="default: both")
     options = parser.parse_args()
-    built = {(row["head_dim"], dtype) for row in kernels.FORWARD_TILES for dtype in row["dtypes"]}
-    wanted = [(d, dtype) for d, dtype in sorted(built | {(40, dtype) for d, dtype in built if d == 64})]
     generator = torch.Generator("cuda").manual_seed(0)
     runs = 0
-    for head_dim, name in wanted:
-        if head_dim not in (options.head_dim or [head_dim]) or name not in (options.dtype or [name]):
-            continue
-        dtype, recipe, allowed = DTYPES[name]
-        for batch, heads_q, heads_kv, seqlen_q, seqlen_k in PROBLEMS:
-            sizes = [
-                (batch, s, h, head_dim)
-                for s, h in ((seqlen_q, heads_q), (seqlen_k, heads_kv), (seqlen_k, heads_kv))
-            ]
-            q, k, v = (torch.randn(size, generator=generator, device="cuda").to(dtype) for size in sizes)
-            for causal in (False, True):
-                out, lse = flash_attn_func(q, k, v, causal=causal, recipe=recipe, return_lse=True)
-                truth, true_lse = attention_reference(q.cpu(), k.cpu(), v.cpu(), causal=causal)
-                error = error_metrics(out.cpu(), truth)["relative_l2"]
-                problem = (
-                    f"d{head_dim} {name} {tuple(q.shape)} on {seqlen_k} keys {'causal' if causal else 'full'}"
+    for family in options.family or FAMILIES:
+        tiles, check = FAMILIES[family]
+        built = {(row["head_dim"], dtype) for row in tiles for dtype in row["dtypes"]}
+        for head_dim, name in sorted(built | {(40, dtype) for d, dtype in built if d == 64}):
+            if head_dim not in (options.head_dim or [head_dim]) or name not in (options.dtype or [name]):
+                continue
+            for batch, heads_q, heads_kv, seqlen_q, seqlen_k in PROBLEMS:
+                sizes = [
+                    (batch, s, h, head_dim)
+                    for s, h in ((seqlen_q, heads_q), (seqlen_k, heads_kv), (seqlen_k, heads_kv))
+                ]
+                q, k, v = (
+                    torch.randn(size, generator=generator, device="cuda").to(DTYPES[name][0])
+                    for size in sizes
                 )
-                if not error <= allowed:
-                    raise SystemExit(f"{problem}: relative L2 error {error:.2e} exceeds {allowed}")
-                atol = 1e-3 if recipe is None else 0.25  # a row of few keys has few errors to average
-                torch.testing.assert_close(lse.cpu().double(), true_lse, atol=atol, rtol=1e-6)
-                runs += 1
+                for causal in (False, True):
+                    mask = "causal" if causal else "full"
+                    problem = f"{family} d{head_dim} {name} {tuple(q.shape)} on {seqlen_k} keys {mask}"
+                    check(name, q, k, v, causal, problem)
+                    runs += 1
     if runs == 0:
         raise SystemExit("nothing ran: this build holds no instance of the head dim and dtype asked for")
     print(f"{runs} problems agree with float64")

@@ -1,0 +1,147 @@
+// The copying side of a CTA: one warp loads, one more a computing warpgroup adds its part of dQ to global
+// memory.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "backward/traits.cuh"
+
+namespace hopper_fa {
+
+// A block of `rows` rows, slab by slab.
+template <class Traits>
+__device__ __forceinline__ void load_block(CUtensorMap const& map, uint64_t& barrier,
+                                           typename Traits::Element* smem, int rows, int row, int head,
+                                           int batch, TMA::CacheHintSm90 hint) {
+  CUTE_UNROLL
+  for (int i = 0; i < Traits::kSlabs; ++i)
+    SM90_TMA_LOAD_4D::copy(&map, &barrier, static_cast<uint64_t>(hint), smem + i * rows * 64, i * 64, row,
+                           head, batch);
+}
+
+// One whole warp, of which an elected lane issues.
+template <class Traits>
+__device__ __forceinline__ void load_blocks(BackwardArguments const& args,
+                                            typename Traits::SharedStorage& shared) {
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr uint32_t kBlockBytes = sizeof(shared.q[0]), kRowBytes = sizeof(shared.bias[0]);
+  auto const once = TMA::CacheHintSm90::EVICT_FIRST, often = TMA::CacheHintSm90::EVICT_LAST;
+  KeyTile const tile = KeyTile::get<Traits>(args);
+  if (tile.walk.count == 0) return;
+  int const first_key = tile.n_block * Traits::kBlockN;
+  RingCursor<Traits::kTile.q_stages> q_ring;
+  RingCursor<Traits::kTile.do_stages> do_ring;
+  q_ring.phase = do_ring.phase = 1;
+  bool first = true;
+
+  if (elect_one_sync()) {
+    FullBarrier::arrive_and_expect_tx(&shared.k_full, sizeof(shared.k));
+    load_block<Traits>(args.k, shared.k_full, shared.k, Traits::kBlockN, first_key, tile.head, tile.batch,
+                       once);
+  }
+  tile.for_each_step(args, [&](int head, int m_block) {
+    int64_t const rows =
+        (static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block) * kBlockM;
+    EmptyBarrier::wait(&shared.q_empty[q_ring.slot], q_ring.phase);
+    if (elect_one_sync()) {
+      uint64_t& full = shared.q_full[q_ring.slot];
+      FullBarrier::arrive_and_expect_tx(&full, kBlockBytes + kRowBytes);
+      load_block<Traits>(args.q, full, shared.q[q_ring.slot], kBlockM, m_block * kBlockM, head, tile.batch,
+                         often);
+      SM90_BULK_COPY_G2S::copy(args.bias + rows, &full, shared.bias[q_ring.slot], kRowBytes);
+    }
+    __syncwarp();
+    q_ring.advance();
+    if (first && elect_one_sync()) {
+      FullBarrier::arrive_and_expect_tx(&shared.v_full, sizeof(shared.v));
+      load_block<Traits>(args.v, shared.v_full, shared.v, Traits::kBlockN, first_key, tile.head, tile.batch,
+                         once);
+    }
+    first = false;
+    EmptyBarrier::wait(&shared.do_empty[do_ring.slot], do_ring.phase);
+    if (elect_one_sync()) {
+      uint64_t& full = shared.do_full[do_ring.slot];
+      FullBarrier::arrive_and_expect_tx(&full, kBlockBytes + kRowBytes);
+      load_block<Traits>(args.dout, full, shared.dout[do_ring.slot], kBlockM, m_block * kBlockM, head,
+                         tile.batch, often);
+      SM90_BULK_COPY_G2S::copy(args.delta + rows, &full, shared.delta[do_ring.slot], kRowBytes);
+    }
+    __syncwarp();
+    do_ring.advance();
+  });
+}
+
+__device__ __forceinline__ void bulk_add(float* global, float const* smem, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+               "r"(cast_smem_ptr_to_uint(smem)), "r"(bytes)
+               : "memory");
+  tma_store_arrive();
+}
+
+// A key block's place in the order of additions to one query block (deterministic mode).
+struct Turn {
+  int* done;  // how many key blocks have added
+
+  __device__ __forceinline__ void wait(int mine) const {
+    int now;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(done) : "memory");
+    } while (now != mine);
+    // NOTE: what follows goes through the asynchronous proxy.
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+  }
+  __device__ __forceinline__ void pass() const {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
+  }
+};
+
+// Until at most kPending of this thread's bulk additions have not been carried out in global memory.
+template <int kPending>
+__device__ __forceinline__ void wait_added() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// One thread: takes the chunks of dQ that a warpgroup leaves in shared memory and adds them to the sum; in
+// deterministic mode when it is this key block's turn.
+template <class Traits>
+__device__ __forceinline__ void add_dq(BackwardArguments const& args, typename Traits::SharedStorage& shared,
+                                       int warpgroup) {
+  KeyTile const tile = KeyTile::get<Traits>(args);
+  uint32_t phase = 0;
+  Turn before = {nullptr};
+  tile.for_each_step(args, [&](int head, int m_block) {
+    int64_t const block = static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block;
+    float* const sum =
+        args.dq_sum + (block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks) * kChunk;
+    Turn turn = {nullptr};
+    if (args.turns) {
+      turn.done = args.turns + block * Traits::kWarpgroups + warpgroup;
+      turn.wait(dq_turn(tile.walk, tile.n_block, args.n_blocks, m_block, args.seqlen_q, args.seqlen_k,
+                        Traits::kBlockM, Traits::kBlockN, args.group_size));
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < Traits::kWarpgroupChunks; ++i) {
+      FullBarrier::wait(&shared.dq_full[warpgroup], phase);
+      phase ^= 1;
+      bulk_add(sum + i * kChunk, shared.dq[warpgroup], kChunk * sizeof(float));
+      tma_store_wait<0>();  // read; shared memory is free
+      EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
+    }
+    // NOTE: causal turns are passed on a step late, since an addition takes about a step to arrive. Full ones
+    // are not: all CTAs of a group might wait for each other in a circle.
+    if (args.turns && args.causal) {
+      wait_added<Traits::kWarpgroupChunks>();
+      if (before.done) before.pass();
+      before = turn;
+    } else if (args.turns) {
+      wait_added<0>();
+      turn.pass();
+    }
+  });
+  wait_added<0>();
+  if (before.done) before.pass();
+}
+
+}  // namespace hopper_fa

@@ -1,0 +1,152 @@
+// The computing side for head dims up to 128: one warpgroup's 64 keys against all query blocks.
+//
+//   S^T = K Q^T, dP^T = V dO^T       a row a key, so P^T and dS^T are the register operands of
+//   dV += P^T dO, dK += dS^T Q
+//   dQ = dS K                        needs dS of both warpgroups: through shared memory; each makes its
+//   chunks
+//
+//   step i of a warpgroup:   issue dP; P from S                   beside dP
+//                            issue dV; dS                         beside dV
+//                            issue dK and S of step i + 1; dS to shared memory, and meet the other warpgroup
+//                            issue dQ; leave it in shared memory, from where another warp adds it up
+#pragma once
+
+#include "backward/epilogue.cuh"
+#include "backward/scores.cuh"
+
+namespace hopper_fa {
+
+template <class Traits>
+class KeysMainloop {
+  using Element = typename Traits::Element;
+  using Shared = typename Traits::SharedStorage;
+  static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kHeadDim = Traits::kHeadDim;
+  using Scores = decltype(partition_fragment_C(typename Traits::template MmaScores<kBlockM>{},
+                                               Shape<_64, Int<kBlockM>>{}));
+  using Part = decltype(partition_fragment_C(typename Traits::template MmaScores<64>{}, Shape<_64, _64>{}));
+  using Gradient = decltype(partition_fragment_C(typename Traits::MmaKeys{}, Shape<_64, Int<kHeadDim>>{}));
+  using Operand = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
+  using Chunk = decltype(partition_fragment_C(typename Traits::MmaQueries{}, Shape<_64, _64>{}));
+
+  BackwardArguments const& args_;
+  Shared& shared_;
+  int const warpgroup_;
+  KeyTile const tile_;
+  RingCursor<Traits::kTile.q_stages> q_ring_;
+  RingCursor<Traits::kTile.do_stages> do_ring_;
+  RingCursor<Traits::kTile.ds_stages> ds_ring_;
+  uint32_t dq_phase_ = 1;
+
+  Gradient dk_, dv_;
+  Scores s_;
+
+ public:
+  __device__ KeysMainloop(BackwardArguments const& args, Shared& shared, int warpgroup)
+      : args_(args), shared_(shared), warpgroup_(warpgroup), tile_(KeyTile::get<Traits>(args)) {}
+
+  __device__ __forceinline__ void run() {
+    clear(dk_);
+    clear(dv_);
+    int const heads = args_.q_heads_per_kv, count = tile_.walk.count;
+    if (count > 0) {
+      FullBarrier::wait(&shared_.k_full, 0);
+      issue_s();
+      FullBarrier::wait(&shared_.v_full, 0);
+      wait_product<0>(s_);
+      int step = 0;
+      for (int left = heads * count; left > 1; --left) {
+        one_step<true>(tile_.walk.block(step));
+        if (++step == count) step = 0;
+      }
+      one_step<false>(tile_.walk.block(count - 1));
+    }
+    int const first_key = tile_.n_block * kBlockN + 64 * warpgroup_;
+    store_rows<Element>(args_.dv, tile_.batch, tile_.head, first_key, args_.seqlen_k, args_.head_dim, dv_,
+                        1.f);
+    store_rows<Element>(args_.dk, tile_.batch, tile_.head, first_key, args_.seqlen_k, args_.head_dim, dk_,
+                        args_.softmax_scale);
+  }
+
+ private:
+  // On entry S of query block m is there; on exit that of the next one, if there is one (kMore).
+  // NOTE: nothing is in flight from one step to the next: ptxas would serialise all products.
+  template <bool kMore>
+  __device__ __forceinline__ void one_step(int m) {
+    int const q_slot = q_ring_.slot, do_slot = do_ring_.slot;
+    FullBarrier::wait(&shared_.do_full[do_slot], do_ring_.phase);
+    half_step<0>(m, q_slot, do_slot);
+    if constexpr (Traits::kParts == 2) half_step<1>(m, q_slot, do_slot);
+    tma_store_fence();
+    warpgroup_wait<1>();  // dV
+    arrive_warp(shared_.do_empty[do_slot]);
+    q_ring_.advance();
+    do_ring_.advance();
+    if constexpr (kMore) issue_s();
+    meet();
+    wait_product<0>(s_);  // and dK
+    arrive_warp(shared_.q_empty[q_slot]);
+    Chunk dq;
+    issue_dq<Traits>(shared_.ds[ds_ring_.slot], shared_.k, warpgroup_, dq);
+    wait_product<0>(dq);
+    leave_dq(dq);
+    ds_ring_.advance();
+    if constexpr (!kMore) {
+      warpgroup_fence_operand(dk_);
+      warpgroup_fence_operand(dv_);
+    }
+  }
+
+  // 64 of the step's queries.
+  template <int kPart>
+  __device__ __forceinline__ void half_step(int m, int q_slot, int do_slot) {
+    Part dp;
+    issue_product(typename Traits::template MmaScores<64>{}, key_rows<Traits>(shared_.v, 64 * warpgroup_),
+                  query_rows<Traits, 64>(shared_.dout[do_slot], 64 * kPart), dp, false);
+    make_probabilities<kPart>(m, shared_.bias[q_slot]);
+    Operand p, ds;
+    CUTE_UNROLL
+    for (int i = 0; i < 32; i += 2)
+      recast<uint32_t>(p)(i / 2) = round_pair<Element>(s_(32 * kPart + i), s_(32 * kPart + i + 1));
+    issue_product(typename Traits::MmaKeys{}, p, query_columns<Traits>(shared_.dout[do_slot], 64 * kPart),
+                  dv_, true);
+    wait_product<1>(dp);
+    float const* const delta = shared_.delta[do_slot] + 64 * kPart + 2 * (threadIdx.x % 4);
+    CUTE_UNROLL
+    for (int i = 0; i < 32; i += 2)
+      recast<uint32_t>(ds)(i / 2) =
+          score_gradients<Element>(s_(32 * kPart + i), s_(32 * kPart + i + 1), dp(i), dp(i + 1),
+                                   *reinterpret_cast<float2 const*>(delta + i / 4 * 8));
+    issue_product(typename Traits::MmaKeys{}, ds, query_columns<Traits>(shared_.q[q_slot], 64 * kPart), dk_,
+                  true);
+    write_ds(ds, shared_.ds[ds_ring_.slot] + (kPart * kBlockN + 64 * warpgroup_) * 64);
+  }
+
+  // Both warpgroups have written dS.
+  static __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+  // Part of S to P in place.
+  template <int kPart>
+  __device__ __forceinline__ void make_probabilities(int m, float const* bias) {
+    auto part = make_tensor(s_.data() + 32 * kPart, Layout<_32>{});
+    probabilities(args_, tile_.n_block * kBlockN + 64 * warpgroup_, m * kBlockM + 64 * kPart,
+                  bias + 64 * kPart, part);
+  }
+
+  __device__ __forceinline__ void issue_s() {
+    FullBarrier::wait(&shared_.q_full[q_ring_.slot], q_ring_.phase);
+    issue_product(typename Traits::template MmaScores<kBlockM>{},
+                  key_rows<Traits>(shared_.k, 64 * warpgroup_),
+                  query_rows<Traits, kBlockM>(shared_.q[q_ring_.slot], 0), s_, false);
+  }
+
+  // Gives a chunk of dQ to the adding warp.
+  __device__ __forceinline__ void leave_dq(Chunk const& dq) {
+    EmptyBarrier::wait(&shared_.dq_empty[warpgroup_], dq_phase_);
+    dq_phase_ ^= 1;
+    put_chunk(dq, shared_.dq[warpgroup_]);
+    tma_store_fence();
+    arrive_warp(shared_.dq_full[warpgroup_]);
+  }
+};
+
+}  // namespace hopper_fa

@@ -1,0 +1,117 @@
+// What both mainloops do with scores: operands of their products, P and dS element by element, dS to shared
+// memory. Scores are transposed: a row a key.
+#pragma once
+
+#include "backward/traits.cuh"
+#include "common/exp2.cuh"
+#include "common/fragment.cuh"
+#include "common/mask.cuh"
+
+namespace hopper_fa {
+
+// A operand: 64 rows of a block of K or V, from `first` on.
+template <class Traits>
+__device__ __forceinline__ auto key_rows(typename Traits::Element const* block, int first) {
+  Tensor all =
+      make_tensor(make_smem_ptr(block + first * 64), typename Traits::template LayoutRows<Traits::kBlockN>{});
+  Tensor mine = local_tile(all, Shape<_64, Int<Traits::kHeadDim>>{}, make_coord(_0{}, _0{}));
+  auto thread = typename Traits::template MmaScores<64>{}.get_slice(0);
+  return thread.make_fragment_A(thread.partition_A(mine));
+}
+
+// B operand: kRows rows of a block of Q or dO, from `first` on.
+template <class Traits, int kRows>
+__device__ __forceinline__ auto query_rows(typename Traits::Element const* block, int first) {
+  Tensor all =
+      make_tensor(make_smem_ptr(block + first * 64), typename Traits::template LayoutRows<Traits::kBlockM>{});
+  Tensor mine = local_tile(all, Shape<Int<kRows>, Int<Traits::kHeadDim>>{}, make_coord(_0{}, _0{}));
+  auto thread = typename Traits::template MmaScores<kRows>{}.get_slice(0);
+  return thread.make_fragment_B(thread.partition_B(mine));
+}
+
+// B operand: 64 rows of a block of Q or dO, from `first` on, transposed.
+template <class Traits>
+__device__ __forceinline__ auto query_columns(typename Traits::Element const* block, int first) {
+  Tensor all = make_tensor(make_smem_ptr(block + first * 64),
+                           typename Traits::template LayoutColumns<Traits::kHeadDim, Traits::kBlockM>{});
+  Tensor mine = local_tile(all, Shape<Int<Traits::kHeadDim>, _64>{}, make_coord(_0{}, _0{}));
+  auto thread = typename Traits::MmaKeys{}.get_slice(0);
+  return thread.make_fragment_B(thread.partition_B(mine));
+}
+
+// A chunk of dQ = dS K: 64 query rows by 64 columns.
+template <class Traits, class Chunk>
+__device__ __forceinline__ void issue_dq(typename Traits::Element const* ds,
+                                         typename Traits::Element const* k, int chunk, Chunk& dq) {
+  using Layout = typename Traits::template LayoutColumns<64, Traits::kBlockN>;
+  int const row_group = chunk / Traits::kSlabs, slab = chunk % Traits::kSlabs;
+  auto thread = typename Traits::MmaQueries{}.get_slice(0);
+  Tensor a = make_tensor(make_smem_ptr(ds + row_group * 64 * Traits::kBlockN), Layout{});
+  Tensor b = make_tensor(make_smem_ptr(k + slab * 64 * Traits::kBlockN), Layout{});
+  issue_product(typename Traits::MmaQueries{}, thread.make_fragment_A(thread.partition_A(a)),
+                thread.make_fragment_B(thread.partition_B(b)), dq, false);
+}
+
+// S to P in place: 64 keys from first_key on by 64 queries from first_row on, whose bias is given.
+template <class Scores>
+__device__ __forceinline__ void probabilities(BackwardArguments const& args, int first_key, int first_row,
+                                              float const* bias, Scores& s) {
+  int const column = 2 * (threadIdx.x % 4);
+  CUTE_UNROLL
+  for (int octet = 0; octet < 8; ++octet) {
+    float2 const b = *reinterpret_cast<float2 const*>(bias + 8 * octet + column);
+    CUTE_UNROLL
+    for (int i = 4 * octet; i < 4 * octet + 4; ++i) s(i) = fmaf(s(i), args.scale_log2, i % 2 ? b.y : b.x);
+  }
+  int const shift = args.seqlen_k - args.seqlen_q;
+  // NOTE: keys past the end are masked although they are zeros: exp2(0 + bias) may be infinite.
+  if (first_key + 63 >= args.seqlen_k || (args.causal && first_key + 63 > first_row + shift)) {
+    int hidden[2];
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      int const key = first_key + row_in_tile() + 8 * r;
+      hidden[r] = key >= args.seqlen_k ? 64 : args.causal ? key - shift - first_row : 0;
+    }
+    mask_transposed(s, hidden);
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < 32; ++i) s(i) = exp2_sfu(s(i));
+}
+
+// Two neighbouring elements of dS = P (dP - delta), rounded.
+template <class Element>
+__device__ __forceinline__ uint32_t score_gradients(float p0, float p1, float dp0, float dp1, float2 delta) {
+  return round_pair<Element>(p0 * (dp0 - delta.x), p1 * (dp1 - delta.y));
+}
+
+// dS of 64 keys by 64 queries to shared memory, 128 bytes a key in WGMMA's 128-byte swizzle. Four 8 x 8
+// matrices at a time, 16 keys by two octets of queries: lane i has the address of row i % 8 of matrix i / 8.
+template <class Element, class Operand>
+__device__ __forceinline__ void write_ds(Operand const& ds, Element* first_row) {
+  int const lane = threadIdx.x % 32;
+  Element* const row = first_row + (threadIdx.x % 128 / 32 * 16 + lane % 16) * 64;
+  auto words = recast<uint32_t>(ds);
+  CUTE_UNROLL
+  for (int octet = 0; octet < 8; octet += 2) {
+    int const swizzled = (octet + lane / 16) ^ (lane % 8);
+    SM90_U32x4_STSM_N::copy(words(2 * octet), words(2 * octet + 1), words(2 * octet + 2),
+                            words(2 * octet + 3), *reinterpret_cast<uint128_t*>(row + swizzled * 8));
+  }
+}
+
+// A chunk to shared memory in fragment order, 16 bytes a thread and octet of columns.
+template <class Chunk>
+__device__ __forceinline__ void put_chunk(Chunk const& x, float* to) {
+  CUTE_UNROLL
+  for (int octet = 0; octet < 8; ++octet)
+    reinterpret_cast<float4*>(to)[octet * 128 + threadIdx.x % 128] =
+        make_float4(x(4 * octet), x(4 * octet + 1), x(4 * octet + 2), x(4 * octet + 3));
+}
+
+// A warp is done with something.
+__device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&barrier);
+}
+
+}  // namespace hopper_fa

@@ -1,0 +1,42 @@
+// Where a warpgroup's product of 64 rows lies in its threads: element i of a fragment is row
+// row_in_tile() + 8 ((i >> 1) & 1), column 8 (i >> 2) + 2 (lane % 4) + (i & 1).
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include <cute/tensor.hpp>
+
+namespace hopper_fa {
+
+// Of this thread's first row in the warpgroup's 64; its second is 8 further.
+__device__ __forceinline__ int row_in_tile() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
+
+// 4 x 4 transpose across a quad: lane t passes word j to lane j and ends with word t of lanes 0, 1, 2, 3.
+__device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
+  bool const upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+  CUTE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    uint32_t const received = __shfl_xor_sync(~0u, upper ? w[i] : w[i + 2], 2);
+    (upper ? w[i] : w[i + 2]) = received;
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < 4; i += 2) {
+    uint32_t const received = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+    (odd ? w[i] : w[i + 1]) = received;
+  }
+}
+
+template <class Element>
+__device__ __forceinline__ uint32_t round_pair(cutlass::Array<float, 2> const& pair) {
+  cutlass::NumericArrayConverter<Element, float, 2> round;
+  return reinterpret_cast<uint32_t const&>(static_cast<cutlass::Array<Element, 2> const&>(round(pair)));
+}
+
+template <class Element>
+__device__ __forceinline__ uint32_t round_pair(float a, float b) {
+  cutlass::Array<float, 2> pair;
+  pair[0] = a, pair[1] = b;
+  return round_pair<Element>(pair);
+}
+
+}  // namespace hopper_fa
