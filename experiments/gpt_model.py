@@ -1,4 +1,4 @@
-"""A GPT whose attention is a parameter: pre-norm blocks, learned positions, output layer tied to the input."""
+"""A GPT whose attention is a parameter: pre-norm blocks, learned positions, output tied to the input."""
 
 from __future__ import annotations
 

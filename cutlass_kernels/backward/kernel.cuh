@@ -50,7 +50,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       shared_bytes + (1024 - cast_smem_ptr_to_uint(shared_bytes) % 1024) % 1024);
   // NOTE: through a shuffle, so that the compiler knows the warp's role is uniform.
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) init_barriers<Traits>(shared);
+  if (threadIdx.x == 0) {
+    init_barriers<Traits>(shared);
+    shared.tile = KeyTile::get(args, Traits::kBlockM, Traits::kBlockN);
+  }
   __syncthreads();
 
   if (warp < 4) {

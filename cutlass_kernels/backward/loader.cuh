@@ -27,19 +27,22 @@ __device__ __forceinline__ void load_blocks(BackwardArguments const& args,
   constexpr int kBlockM = Traits::kBlockM;
   constexpr uint32_t kBlockBytes = sizeof(shared.q[0]), kRowBytes = sizeof(shared.bias[0]);
   auto const once = TMA::CacheHintSm90::EVICT_FIRST, often = TMA::CacheHintSm90::EVICT_LAST;
-  KeyTile const tile = KeyTile::get<Traits>(args);
+  KeyTile const& tile = shared.tile;
   if (tile.walk.count == 0) return;
   int const first_key = tile.n_block * Traits::kBlockN;
   RingCursor<Traits::kTile.q_stages> q_ring;
   RingCursor<Traits::kTile.do_stages> do_ring;
   q_ring.phase = do_ring.phase = 1;
-  bool first = true;
 
   if (elect_one_sync()) {
     FullBarrier::arrive_and_expect_tx(&shared.k_full, sizeof(shared.k));
     load_block<Traits>(args.k, shared.k_full, shared.k, Traits::kBlockN, first_key, tile.head, tile.batch,
                        once);
+    FullBarrier::arrive_and_expect_tx(&shared.v_full, sizeof(shared.v));
+    load_block<Traits>(args.v, shared.v_full, shared.v, Traits::kBlockN, first_key, tile.head, tile.batch,
+                       once);
   }
+  __syncwarp();
   tile.for_each_step(args, [&](int head, int m_block) {
     int64_t const rows =
         (static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block) * kBlockM;
@@ -53,12 +56,6 @@ __device__ __forceinline__ void load_blocks(BackwardArguments const& args,
     }
     __syncwarp();
     q_ring.advance();
-    if (first && elect_one_sync()) {
-      FullBarrier::arrive_and_expect_tx(&shared.v_full, sizeof(shared.v));
-      load_block<Traits>(args.v, shared.v_full, shared.v, Traits::kBlockN, first_key, tile.head, tile.batch,
-                         once);
-    }
-    first = false;
     EmptyBarrier::wait(&shared.do_empty[do_ring.slot], do_ring.phase);
     if (elect_one_sync()) {
       uint64_t& full = shared.do_full[do_ring.slot];
@@ -104,7 +101,7 @@ __device__ __forceinline__ void wait_added() {
 template <class Traits>
 __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename Traits::SharedStorage& shared,
                                        int warpgroup) {
-  KeyTile const tile = KeyTile::get<Traits>(args);
+  KeyTile const& tile = shared.tile;
   float const* const from = shared.dq[warpgroup];
   uint32_t phase = 0;
   int before = -1;  // query block whose turn is still to be passed on

@@ -31,7 +31,7 @@ class KeysMainloop {
   BackwardArguments const& args_;
   Shared& shared_;
   int const warpgroup_;
-  KeyTile const tile_;
+  KeyTile const& tile_;
   RingCursor<Traits::kTile.q_stages> q_ring_;
   RingCursor<Traits::kTile.do_stages> do_ring_;
   RingCursor<Traits::kTile.ds_stages> ds_ring_;
@@ -42,7 +42,7 @@ class KeysMainloop {
 
  public:
   __device__ KeysMainloop(BackwardArguments const& args, Shared& shared, int warpgroup)
-      : args_(args), shared_(shared), warpgroup_(warpgroup), tile_(KeyTile::get<Traits>(args)) {}
+      : args_(args), shared_(shared), warpgroup_(warpgroup), tile_(shared.tile) {}
 
   __device__ __forceinline__ void run() {
     clear(dk_);

@@ -30,13 +30,13 @@ class SplitMainloop {
   BackwardArguments const& args_;
   Shared& shared_;
   int const warpgroup_;
-  KeyTile const tile_;
+  KeyTile const& tile_;
   RingCursor<Traits::kTile.q_stages> q_ring_;
   uint32_t phase_ = 0;
 
  public:
   __device__ SplitMainloop(BackwardArguments const& args, Shared& shared, int warpgroup)
-      : args_(args), shared_(shared), warpgroup_(warpgroup), tile_(KeyTile::get<Traits>(args)) {}
+      : args_(args), shared_(shared), warpgroup_(warpgroup), tile_(shared.tile) {}
 
   __device__ __forceinline__ void run() {
     if (warpgroup_ == 0)

@@ -44,6 +44,34 @@ struct BackwardArguments {
   TileScheduler scheduler;  // of key blocks
 };
 
+// The key block a CTA works on, and the query blocks it walks over: for every query head of the group, one
+// after the other.
+struct KeyTile {
+  int n_block, head, batch;  // head of K and V
+  QueryWalk walk;
+
+  static __device__ __forceinline__ KeyTile get(BackwardArguments const& args, int block_m, int block_n) {
+    Tile const tile = args.scheduler.get(blockIdx.x);
+    KeyTile t;
+    // The scheduler's longest tiles are the last; here they are the first ones, except that deterministic
+    // mode must begin with the last.
+    t.n_block = args.causal && !args.turns ? args.n_blocks - 1 - tile.m_block : tile.m_block;
+    t.head = tile.head;
+    t.batch = tile.batch;
+    t.walk = query_walk(t.n_block, args.n_blocks, args.m_blocks, args.seqlen_q, args.seqlen_k, block_m,
+                        block_n, args.causal, args.group_size);
+    return t;
+  }
+
+  // Calls visit(query head, query block) for every step.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_step(BackwardArguments const& args, Visit visit) const {
+    for (int member = 0; member < args.q_heads_per_kv; ++member)
+      for (int step = 0; step < walk.count; ++step)
+        visit(head * args.q_heads_per_kv + member, walk.block(step));
+  }
+};
+
 // dQ leaves a warpgroup as fragments of 64 x 64.
 constexpr int kChunk = 64 * 64;
 
@@ -97,6 +125,7 @@ struct BackwardTraits {
     alignas(1024) float dq[kWarpgroups][kChunk];
     alignas(1024) float p[kSplit ? kChunk : 0];  // of warpgroup 0 for warpgroup 1, in fragment order
     alignas(16) float bias[kTile.q_stages][kBlockM], delta[kTile.do_stages][kBlockM];
+    KeyTile tile;  // NOTE: read where needed: the copying warps have 24 registers
     uint64_t k_full, v_full;
     uint64_t q_full[kTile.q_stages], q_empty[kTile.q_stages];
     uint64_t do_full[kTile.do_stages], do_empty[kTile.do_stages];
@@ -105,35 +134,6 @@ struct BackwardTraits {
   };
   static constexpr int kSharedBytes = sizeof(SharedStorage) + 1023;  // 1023: aligning the base
   static_assert(kSharedBytes <= 227 * 1024);
-};
-
-// The key block a CTA works on, and the query blocks it walks over: for every query head of the group, one
-// after the other.
-struct KeyTile {
-  int n_block, head, batch;  // head of K and V
-  QueryWalk walk;
-
-  template <class Traits>
-  static __device__ __forceinline__ KeyTile get(BackwardArguments const& args) {
-    Tile const tile = args.scheduler.get(blockIdx.x);
-    KeyTile t;
-    // The scheduler's longest tiles are the last; here they are the first ones, except that deterministic
-    // mode must begin with the last.
-    t.n_block = args.causal && !args.turns ? args.n_blocks - 1 - tile.m_block : tile.m_block;
-    t.head = tile.head;
-    t.batch = tile.batch;
-    t.walk = query_walk(t.n_block, args.n_blocks, args.m_blocks, args.seqlen_q, args.seqlen_k,
-                        Traits::kBlockM, Traits::kBlockN, args.causal, args.group_size);
-    return t;
-  }
-
-  // Calls visit(query head, query block) for every step.
-  template <class Visit>
-  __device__ __forceinline__ void for_each_step(BackwardArguments const& args, Visit visit) const {
-    for (int member = 0; member < args.q_heads_per_kv; ++member)
-      for (int step = 0; step < walk.count; ++step)
-        visit(head * args.q_heads_per_kv + member, walk.block(step));
-  }
 };
 
 }  // namespace hopper_fa
