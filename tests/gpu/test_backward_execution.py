@@ -72,7 +72,12 @@ def test_deterministic_differs_by_order_only(
 ) -> None:
     problem = problem_of(Case(2, 4, 2, 799, 1023, head_dim, causal), torch.bfloat16, seed)
     (dq, *others), (dq_any, *others_any) = (launcher(problem, fixed)() for fixed in (True, False))
-    assert same(others, others_any) and not off_by_order(dq_any, dq)
+    assert not off_by_order(dq_any, dq)
+    # Without a mask the deterministic walk begins elsewhere, so dK and dV are summed in another order too.
+    if causal:
+        assert same(others, others_any)
+    else:
+        assert not any(off_by_order(a, b) for a, b in zip(others_any, others, strict=True))
 
 
 def test_batch_entries_do_not_depend_on_each_other(seed: int) -> None:
