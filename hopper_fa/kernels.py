@@ -40,6 +40,7 @@ VERSIONS = {"cuda": _C.cuda_version, "cutlass": _C.cutlass_version}
 block_range = _C.block_range
 tile_order = _C.tile_order
 choose_warpgroups = _C.choose_warpgroups
+query_walk = _C.query_walk
 
 _STATUS_OK = _C.STATUS_OK
 STATUS_SENTENCES = {

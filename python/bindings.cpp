@@ -11,6 +11,7 @@
 
 #include "common/block_range.h"
 #include "common/exp2_polynomial.h"
+#include "common/query_walk.h"
 #include "common/tile_scheduler.h"
 #include "common/tile_table.h"
 #include "hopper_fa/backward.h"
@@ -153,6 +154,21 @@ void bind_backward(py::module_& m) {
     BackwardWorkspace const w = backward_workspace(tile, batch, seqlen_q, heads_q);
     return std::make_tuple(w.dq_sum, w.rows, w.turns);
   });
+  // Host-compiled kernel logic, for the tests: the query blocks of a key block in the order it visits them,
+  // each with the number of key blocks that add to dQ before it in deterministic mode.
+  m.def("query_walk",
+        [](int n_block, int seqlen_q, int seqlen_k, int block_m, int block_n, bool causal, int group_size) {
+          int const m_blocks = ceil_div(seqlen_q, block_m), n_blocks = ceil_div(seqlen_k, block_n);
+          QueryWalk const walk = query_walk(n_block, n_blocks, m_blocks, seqlen_q, seqlen_k, block_m, block_n,
+                                            causal, group_size);
+          std::vector<std::tuple<int, int>> steps;
+          for (int step = 0; step < walk.count; ++step) {
+            int const m = walk.block(step);
+            steps.emplace_back(
+                m, dq_turn(walk, n_block, n_blocks, m, seqlen_q, seqlen_k, block_m, block_n, group_size));
+          }
+          return steps;
+        });
   m.def("backward",
         [](int dtype, int tile, Strided const& q, Strided const& k, Strided const& v, Strided const& out,
            Strided const& dout, Strided const& dq, Strided const& dk, Strided const& dv, std::uintptr_t lse,

@@ -134,3 +134,81 @@ def test_tile_table_fits_the_machine(row: dict) -> None:
     assert registers <= REGISTERS_OF_A_CTA
     assert 0 <= row["fma_exp2_octets"] <= 8
     assert row["rescale_threshold"] <= 11  # FP16 P, at most 2**threshold, stays far below 2**16
+
+
+WALKS = [
+    # seqlen_q, seqlen_k, block_m, block_n, group_size
+    (1024, 1024, 64, 128, 132),
+    (1024, 1024, 128, 128, 132),
+    (1000, 3000, 128, 128, 7),
+    (3000, 1000, 64, 128, 5),
+    (65, 2049, 64, 64, 4),
+    (1, 700, 128, 128, 3),
+    (4097, 130, 64, 64, 1),
+]
+
+
+def walks_of(problem: tuple[int, ...], causal: bool) -> list[list[tuple[int, int]]]:
+    """For every key block its (query block, turn) in the order of its steps."""
+    seqlen_q, seqlen_k, block_m, block_n, group = problem
+    return [
+        kernels.query_walk(n, seqlen_q, seqlen_k, block_m, block_n, causal, group)
+        for n in range(-(-seqlen_k // block_n))
+    ]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("problem", WALKS)
+def test_every_visible_block_is_walked_once(problem: tuple[int, ...], causal: bool) -> None:
+    seqlen_q, seqlen_k, block_m, block_n, _ = problem
+    for n, walk in enumerate(walks_of(problem, causal)):
+        last_rows = [min((m + 1) * block_m, seqlen_q) - 1 for m in range(-(-seqlen_q // block_m))]
+        visible = {
+            m for m, row in enumerate(last_rows) if not causal or n * block_n <= row + seqlen_k - seqlen_q
+        }
+        blocks = [m for m, _ in walk]
+        # The last block may be walked although only its padding sees the keys.
+        assert len(set(blocks)) == len(blocks) and visible <= set(blocks) <= visible | {len(last_rows) - 1}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("problem", WALKS)
+def test_turns_number_the_key_blocks_of_a_query_block(problem: tuple[int, ...], causal: bool) -> None:
+    turns: dict[int, list[int]] = {}
+    for walk in walks_of(problem, causal):
+        for m, turn in walk:
+            turns.setdefault(m, []).append(turn)
+    assert all(sorted(t) == list(range(len(t))) for t in turns.values())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("problem", WALKS)
+def test_deterministic_walks_end(problem: tuple[int, ...], causal: bool) -> None:
+    """CTAs run at most group_size at a time, in launch order, and each waits for its turns: all finish.
+
+    Causal turns are passed on one step late, as the kernel does.
+    """
+    walks = walks_of(problem, causal)
+    launch = list(reversed(range(len(walks)))) if causal else list(range(len(walks)))
+    added: dict[int, int] = {}
+    running: dict[int, int] = {}  # key block -> its step
+    while launch or running:
+        while launch and len(running) < problem[4]:
+            running[launch.pop(0)] = 0
+        moved = False
+        for n in list(running):
+            walk, step = walks[n], running[n]
+            if step < len(walk):
+                m, turn = walk[step]
+                if added.get(m, 0) != turn:
+                    continue
+                running[n] += 1
+                passed = walk[step - 1][0] if causal else m
+                if not causal or step > 0:
+                    added[passed] = added.get(passed, 0) + 1
+            else:
+                if causal and walk:
+                    added[walk[-1][0]] = added.get(walk[-1][0], 0) + 1
+                del running[n]
+            moved = True
+        assert moved, "every running key block waits for another"
