@@ -16,14 +16,16 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         version: of hopper_fa. cuda_version, cutlass_version: what its kernels were compiled with.
-        instances: one dictionary a compiled forward kernel: dtype ("bf16", "fp16") and its tile-table row:
-            head_dim (the widest it takes), variant, block_m x block_n (query rows x keys), kv_stages,
-            threads, producer_registers and consumer_registers (a thread), shared_memory (bytes a CTA), ...
+        instances: one dictionary a compiled attention kernel: family ("forward", "backward"), dtype ("bf16",
+            "fp16", "e4m3", "int8") and its tile-table row: head_dim (the widest it takes), variant,
+            block_m x block_n (query rows x keys), kv_stages (backward: q_stages, do_stages), threads,
+            producer_registers and consumer_registers (a thread), shared_memory (bytes a CTA), ...
     """
     instances = []
-    for row in kernels.FORWARD_TILES:
-        tile = {name: value for name, value in row.items() if name != "dtypes"}
-        instances += [{"dtype": dtype, **tile} for dtype in row["dtypes"]]
+    for family, rows in (("forward", kernels.FORWARD_TILES), ("backward", kernels.BACKWARD_TILES)):
+        for row in rows:
+            tile = {name: value for name, value in row.items() if name != "dtypes"}
+            instances += [{"family": family, "dtype": dtype, **tile} for dtype in row["dtypes"]]
     return {
         "version": __version__,
         "cuda_version": kernels.VERSIONS["cuda"],

@@ -92,6 +92,8 @@ std::vector<py::dict> backward_tiles() {
     d["producer_registers"] = t.producer_registers;
     d["consumer_registers"] = t.consumer_registers;
     d["split"] = t.split;
+    d["threads"] = backward_threads(t);
+    d["shared_memory"] = backward_shared_memory(t);
     std::vector<std::string> dtypes;
     if (has_backward(DType::kBF16, i)) dtypes.push_back("bf16");
     if (has_backward(DType::kFP16, i)) dtypes.push_back("fp16");

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-KERNEL_NAME = "forward_kernel"  # part of the mangled name of every attention kernel
+ATTENTION_FAMILIES = ("forward", "backward")  # each has a tile table in _C, and kernels named FAMILY_kernel
 
-# C7508: setmaxnreg ignored. C7510, C7511, C7514, C7517: WGMMA serialised. The texts catch their relatives.
-FATAL_WARNING = re.compile(r"\(C75(08|10|11|14|17)\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
+# C7508: setmaxnreg ignored. C7510 to C7512, C7514, C7517: WGMMA serialised. The texts catch their relatives.
+FATAL_WARNING = re.compile(r"\(C75(08|10|11|12|14|17)\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 PROPERTIES_OF = re.compile(r"Function properties for (\w+)")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -104,13 +104,14 @@ def memory_problems(ptxas: PtxasReport, sass: SassReport) -> list[str]:
 
 
 def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict, dtype: str) -> list[str]:
-    """What is wrong with an attention kernel; `tile` is its row of _C.forward_tiles(), `dtype` that of Q."""
+    """What is wrong with an attention kernel; `tile` is its row of _C's tables, `dtype` that of Q."""
     problems = memory_problems(ptxas, sass)
     wanted_products = {"e4m3": ["QGMMA"], "int8": ["IGMMA", "QGMMA"]}.get(dtype, ["HGMMA"])
     problems += [f"no {opcode}" for opcode in wanted_products if not sass.opcodes[opcode]]
     if not sass.opcodes["UTMALDG"]:
         problems.append("no UTMALDG")
-    wanted = {tile["producer_registers"], tile["consumer_registers"]} if tile["warp_specialised"] else set()
+    specialised = tile["producer_registers"] > 0
+    wanted = {tile["producer_registers"], tile["consumer_registers"]} if specialised else set()
     if not wanted <= sass.setmaxnreg:
         problems.append(f"setmaxnreg: {sorted(sass.setmaxnreg)} in SASS, {sorted(wanted)} in the tile table")
     return problems
@@ -165,52 +166,55 @@ def load_compiled_module(binary: Path) -> ModuleType:
 COLUMNS = "{:<32} {:>4} {:>10} {:>7} {:>5} {:>7} {:>6} {:>5}"
 
 
+def helper_name(symbol: str) -> str:
+    """Readable name of a kernel beside the attention kernels, with the numbers among its template arguments."""
+    name = re.sub(r"^_ZN9hopper_fa\d+|_kernelI.*$|INS_.*$", "", symbol)
+    return f"{name}<{','.join(re.findall(r'L(?:NS_5DTypeE|S1_|i|b)([0-9]+)E', symbol))}>"
+
+
 def check(binary: Path) -> list[str]:
     """Prints the table of kernels of a _C with build_log/ beside it; returns every problem found."""
     compiled = load_compiled_module(binary)
     tiles = {
-        f"forward_{dtype}_{tile['head_dim']}_{tile['variant']}": tile
-        for tile in compiled.forward_tiles()
+        f"{family}_{dtype}_{tile['head_dim']}_{tile['variant']}": tile
+        for family in ATTENTION_FAMILIES
+        for tile in getattr(compiled, f"{family}_tiles")()
         for dtype in tile["dtypes"]
     }
     logs = {
         path.stem: path.read_text()
-        for family in ("forward", "quantize")
+        for family in (*ATTENTION_FAMILIES, "quantize")
         for path in (binary.parent / "build_log").glob(f"{family}_*.log")
     }
     sass = disassemble(binary)
 
-    quantize = [f"quantize_{dtype}" for dtype in compiled.quantize_dtypes()]
-    names = {*tiles, *quantize}
+    names = [*tiles, *(f"quantize_{dtype}" for dtype in compiled.quantize_dtypes())]
     problems = [] if tiles else ["the binary holds no kernel"]
-    problems += [f"{name}: in the binary, but without a compile log" for name in names - logs.keys()]
-    problems += [f"{name}: compile log of a kernel not in the binary" for name in logs.keys() - names]
+    problems += [f"{name}: in the binary, but without a compile log" for name in set(names) - logs.keys()]
+    problems += [f"{name}: compile log of a kernel not in the binary" for name in logs.keys() - set(names)]
     print(f"{binary}: CUDA {compiled.cuda_version}, CUTLASS {compiled.cutlass_version}")
     print(COLUMNS.format("kernel", "regs", "setmaxnreg", "smem", "GMMA", "UTMALDG", "spills", "stack"))
-    for name, tile in tiles.items():
+    for name in names:
         reports, warnings = parse_compile_log(logs.get(name, ""))
         problems += [f"{name}: {warning}" for warning in warnings]
-        kernels = [symbol for symbol in reports if KERNEL_NAME in symbol]
-        if name in logs and not kernels:
-            problems.append(f"{name}: no {KERNEL_NAME} in its compile log")
-        for symbol in kernels:
-            ptxas, code = reports[symbol], sass.get(symbol, SassReport())
-            problems += [
-                f"{name}: {problem}" for problem in kernel_problems(ptxas, code, tile, name.split("_")[1])
-            ]
-            setmaxnreg = "/".join(map(str, sorted(code.setmaxnreg))) or "-"
-            products = sum(code.opcodes[opcode] for opcode in ("HGMMA", "QGMMA", "IGMMA"))
+        family, dtype = name.split("_")[:2]
+        attention_kernels = [symbol for symbol in reports if f"{family}_kernel" in symbol]
+        if name in logs and name in tiles and not attention_kernels:
+            problems.append(f"{name}: no {family}_kernel in its compile log")
+        for symbol, ptxas in reports.items():
+            code = sass.get(symbol, SassReport())
             spills = ptxas.spill_stores + ptxas.spill_loads
-            loads, shared_memory = code.opcodes["UTMALDG"], tile["shared_memory"]
-            row = (name, ptxas.registers, setmaxnreg, shared_memory, products, loads, spills, ptxas.stack)
-            print(COLUMNS.format(*row))
-    for name in quantize:
-        for symbol, ptxas in parse_compile_log(logs.get(name, ""))[0].items():
-            problems += [f"{symbol}: {p}" for p in memory_problems(ptxas, sass.get(symbol, SassReport()))]
-            kernel = re.sub(r"^_ZN9hopper_fa\d+|_kernelI.*$", "", symbol)
-            kernel += f"<{','.join(re.findall(r'L(?:NS_5DTypeE|S1_|i|b)([0-9]+)E', symbol))}>"
-            spills = ptxas.spill_stores + ptxas.spill_loads
-            print(COLUMNS.format(kernel, ptxas.registers, *"----", spills, ptxas.stack))
+            if symbol in attention_kernels:
+                label, tile = name, tiles[name]
+                found = kernel_problems(ptxas, code, tile, dtype)
+                setmaxnreg = "/".join(map(str, sorted(code.setmaxnreg))) or "-"
+                products = sum(code.opcodes[opcode] for opcode in ("HGMMA", "QGMMA", "IGMMA"))
+                details = (setmaxnreg, tile["shared_memory"], products, code.opcodes["UTMALDG"])
+            else:
+                label, details = helper_name(symbol), ("-",) * 4
+                found = memory_problems(ptxas, code)
+            problems += [f"{name}: {label}: {problem}" for problem in found]
+            print(COLUMNS.format(label, ptxas.registers, *details, spills, ptxas.stack))
     return problems
 
 

@@ -83,7 +83,7 @@ struct BackwardTraits {
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kWarpgroups = 2;
-  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kThreads = backward_threads(kTile);
   static constexpr bool kSplit = kTile.split;
   static_assert(kBlockN == (kSplit ? 64 : 128));
   static constexpr int kSlabs = kHeadDim / 64;           // slabs of 64 columns, 128 bytes a row, swizzled
@@ -132,7 +132,9 @@ struct BackwardTraits {
     uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
     uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit
   };
-  static constexpr int kSharedBytes = sizeof(SharedStorage) + 1023;  // 1023: aligning the base
+  static constexpr int kSharedBytes = backward_shared_memory(kTile);
+  // 1023: the most that aligning the base can cost.
+  static_assert(offsetof(SharedStorage, ds_empty) + sizeof(SharedStorage::ds_empty) + 1023 <= kSharedBytes);
   static_assert(kSharedBytes <= 227 * 1024);
 };
 

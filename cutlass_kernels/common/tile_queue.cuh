@@ -9,7 +9,8 @@ namespace hopper_fa {
 
 struct TileQueueStorage {
   uint64_t full[2], empty[2];
-  Tile tile[2];  // m_block -1: no more tiles
+  Tile tile[2];       // m_block -1: no more tiles
+  uint32_t read[16];  // by each warp of the CTA that keeps its count here
 };
 
 __device__ __forceinline__ void init_tile_queue(TileQueueStorage& storage, int reader_warps) {
@@ -17,6 +18,7 @@ __device__ __forceinline__ void init_tile_queue(TileQueueStorage& storage, int r
     EmptyBarrier::init(&storage.full[i], 1);
     EmptyBarrier::init(&storage.empty[i], reader_warps);
   }
+  for (uint32_t& read : storage.read) read = 0;
 }
 
 // One whole warp of the CTA. workspace: [0] tiles drawn beyond each CTA's first, [1] CTAs that have run out.
@@ -64,7 +66,9 @@ class TileWriter {
   }
 };
 
-// All threads of the computing warps.
+// All threads of the computing warps. kCountInShared: of the tiles read, for a kernel that has no register left
+// to hold the cursor in while it computes a tile.
+template <bool kCountInShared>
 class TileReader {
   TileQueueStorage& storage_;
   RingCursor<2> cursor_;
@@ -74,10 +78,19 @@ class TileReader {
 
   // False when there are no more.
   __device__ __forceinline__ bool next(Tile& tile) {
+    uint32_t& count = storage_.read[threadIdx.x / 32];
+    if constexpr (kCountInShared) {
+      __syncwarp();  // lane 0 has counted
+      uint32_t const read = count;
+      cursor_ = {static_cast<int>(read % 2), read / 2 % 2};
+    }
     EmptyBarrier::wait(&storage_.full[cursor_.slot], cursor_.phase);
     tile = storage_.tile[cursor_.slot];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&storage_.empty[cursor_.slot]);
+    if (threadIdx.x % 32 == 0) {
+      EmptyBarrier::arrive(&storage_.empty[cursor_.slot]);
+      if constexpr (kCountInShared) ++count;
+    }
     cursor_.advance();
     // Through shuffles, so that the compiler knows that all lanes have the same.
     tile = {__shfl_sync(~0u, tile.m_block, 0), __shfl_sync(~0u, tile.head, 0),

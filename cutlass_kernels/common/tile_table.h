@@ -61,7 +61,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
     {"fp8_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8_ping_pong", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 8, false, 3},
+    {"fp8_two_parts", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
     {"fp8_qk_halves", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 8, false, 3, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
@@ -121,6 +121,17 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
+
+// One loading and two computing warpgroups.
+constexpr int backward_threads(BackwardTile const&) { return 3 * 128; }
+
+// Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
+// chunk of dQ for each warpgroup, P if split, 1 KB to align them, barriers.
+constexpr int backward_shared_memory(BackwardTile const& t) {
+  int const chunk = 64 * 64 * 4, blocks = t.q_stages + t.do_stages;
+  return 4 * t.block_n * t.head_dim + 2 * blocks * t.block_m * t.head_dim + 4 * blocks * t.block_m +
+         2 * t.ds_stages * t.block_m * t.block_n + (t.split ? 3 : 2) * chunk + 1024 + 512;
+}
 
 // As forward_tile_index, of kBackwardTiles.
 constexpr int backward_tile_index(int head_dim, char const* variant) {

@@ -1,10 +1,10 @@
 """The build check must see each fault it exists for, in text as ptxas and cuobjdump print it."""
 
 import pytest
-from check_build import SassReport, kernel_problems, parse_compile_log, parse_sass
+from check_build import SassReport, helper_name, kernel_problems, parse_compile_log, parse_sass
 
 SYMBOL = "_ZN9hopper_fa14forward_kernelINS_13ForwardTraitsEEEvv"
-TILE = {"warp_specialised": True, "producer_registers": 24, "consumer_registers": 240}
+TILE = {"producer_registers": 24, "consumer_registers": 240}
 LOG = f"""\
 ptxas info    : 11 bytes gmem
 ptxas info    : Compiling entry function '{SYMBOL}' for 'sm_90a'
@@ -58,6 +58,7 @@ def test_spills_and_stack() -> None:
     "warning",
     [
         "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async are serialized due to x",
+        "ptxas info    : (C7512) Potential Performance Loss: insufficient registers",
         "ptxas info    : (C7508) setmaxnreg ignored to maintain minimum register requirement.",
         "ptxas warning : (C7599) Potential Performance Loss: wgmma.mma_async are serialized due to x",
     ],
@@ -80,9 +81,15 @@ def test_setmaxnreg_must_match_tile_table() -> None:
 
 
 def test_unspecialised_kernel_needs_no_setmaxnreg() -> None:
-    assert problems_of(sass=without("USETMAXREG"), tile={**TILE, "warp_specialised": False}) == ""
+    assert problems_of(sass=without("USETMAXREG"), tile={**TILE, "producer_registers": 0}) == ""
 
 
 def test_kernel_without_report() -> None:
     log = LOG.split("ptxas info    : Function")[0]
     assert "no ptxas report" in problems_of(log)
+
+
+def test_names_of_the_kernels_beside() -> None:
+    backward = "INS_14BackwardTraitsILNS_5DTypeE0ELi1EEEEEvNS_17BackwardArgumentsE"
+    assert helper_name(f"_ZN9hopper_fa9finish_dq{backward}") == "finish_dq<0,1>"
+    assert helper_name("_ZN9hopper_fa17quantize_v_kernelILNS_5DTypeE1ELi2EEEvv") == "quantize_v<1,2>"

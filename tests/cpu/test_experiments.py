@@ -85,26 +85,41 @@ def test_committed_result_supports_the_readme() -> None:
     )
 
 
+READ_TILE = (
+    "Read access at hopper_fa::TileReader<(bool)0>::next(hopper_fa::Tile &)+0xa40 in tile_queue.cuh:78"
+)
+WRITE_TILE = "Write access at hopper_fa::TileWriter::publish(int)+0xed60 in tile_queue.cuh:51 [112 hazards]"
+BULK_COPY = (
+    "Write access at cute::SM90_BULK_COPY_G2S::copy(const void *, unsigned long *, void *, int)+0xa570 in "
+    "copy_sm90_tma.hpp:1450"
+)
+READ_BIAS = (
+    "Read access at void hopper_fa::probabilities<cute::Tensor<cute::ViewEngine<float *>, cute::Layout<cute::C<"
+    "(int)32>, cute::C<(int)1>>>>(const hopper_fa::BackwardArguments &, int, T1 &)+0x2150 in scores.cuh:62"
+)
+READ_DELTA = (
+    "Read access at void hopper_fa::KeysMainloop<hopper_fa::BackwardTraits<(hopper_fa::DType)0, (int)0>>::"
+    "half_step<(int)0>(int, int, int)+0x2ef0 in mainloop_keys.cuh:118 [5120 hazards]"
+)
+
+
 @pytest.mark.parametrize(
-    ("accesses", "status", "verdict"),
+    ("hazards", "status", "verdict"),
     [
-        (
-            [
-                "Read access at hopper_fa::TileReader::next()",
-                "Write access at hopper_fa::TileWriter::publish()",
-            ],
-            9,
-            0,
-        ),
-        (
-            ["Read access at hopper_fa::TileReader::next()", "Write access at hopper_fa::Mainloop::run()"],
-            9,
-            9,
-        ),
+        ([[READ_TILE, WRITE_TILE]], 9, 0),
+        ([[READ_TILE, WRITE_TILE], [BULK_COPY, READ_BIAS, READ_DELTA]], 9, 0),
+        ([[READ_TILE, BULK_COPY]], 9, 9),
+        ([[BULK_COPY, READ_BIAS, WRITE_TILE]], 9, 9),
+        ([[BULK_COPY, READ_BIAS.replace("probabilities", "write_ds")]], 9, 9),
         ([], 9, 9),
         ([], 1, 1),
         ([], 0, 0),
     ],
 )
-def test_racecheck_excuses_the_tile_queue_only(accesses: list[str], status: int, verdict: int) -> None:
-    assert gpu_run.judge_racecheck("\n".join(f"=== {line}" for line in accesses), status) == verdict
+def test_racecheck_excuses_what_barriers_order(hazards: list[list[str]], status: int, verdict: int) -> None:
+    lines = [
+        f"========= {'    and' if i else 'Error: Race reported between'} {access}"
+        for accesses in hazards
+        for i, access in enumerate(accesses)
+    ]
+    assert gpu_run.judge_racecheck("\n".join(lines), status) == verdict

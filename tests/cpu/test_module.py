@@ -71,13 +71,15 @@ def test_public_names() -> None:
 def test_build_info_lists_what_is_built() -> None:
     info = build_info()
     assert info["cuda_version"] and info["cutlass_version"].startswith("4.")
-    held = {(row["dtype"], row["head_dim"], row["variant"]) for row in info["instances"]}
+    held = {(row["family"], row["dtype"], row["head_dim"], row["variant"]) for row in info["instances"]}
     assert len(held) == len(info["instances"])
     for dtype, name in kernels.DTYPE_NAMES.items():
         for head_dim in range(8, 257, 8):
             tile = kernels.forward_tile(head_dim)
             runs = (dtype, head_dim, "default") in kernels._INSTANCES
-            assert runs == ((name, tile["head_dim"], "default") in held)
+            assert runs == (("forward", name, tile["head_dim"], "default") in held)
+            tile = kernels.backward_tile(head_dim)
+            assert (name in tile["dtypes"]) == (("backward", name, tile["head_dim"], "default") in held)
 
 
 def test_each_stream_and_each_captured_launch_has_its_own_workspace(monkeypatch) -> None:

@@ -72,7 +72,10 @@ def assert_agrees(
         qkv, softmax_scale, causal, torch.float16, accumulator="tensor_core"
     )
     assert out.isfinite().all()
-    torch.testing.assert_close(lse, emulated_lse, atol=2e-3, rtol=1e-5)
+    # LSE has the sum of the rounded P, so one flip of a large p moves it: with int8 scores, whose factors are
+    # rounded otherwise than the emulator's, by up to 3.3e-3 in one row of hundreds.
+    lse_tolerance = 5e-3 if qkv.q.dtype == torch.int8 else 2e-3
+    torch.testing.assert_close(lse, emulated_lse, atol=lse_tolerance, rtol=1e-5)
     apart = error_metrics(out, emulated.double())["relative_l2"]
     own = error_metrics(out, truth)["relative_l2"]
     rounding = 0.5 * torch.finfo(torch.float16).eps
