@@ -101,7 +101,8 @@ def _info(options: argparse.Namespace) -> int:
         print('no GPU: attention runs with backend="emulator" or backend="reference"')
     width = max((len(row["variant"]) for row in build["instances"]), default=0)
     print(
-        f"\nfamily    dtype  head_dim <=  {'variant':<{width}}       tile  stages  threads  registers  shared memory"
+        f"\nfamily    dtype  head_dim <=  {'variant':<{width}}       tile  stages  threads  registers  "
+        "shared memory"
     )
     for row in build["instances"]:
         tile = f"{row['block_m']} x {row['block_n']}"
@@ -109,8 +110,8 @@ def _info(options: argparse.Namespace) -> int:
         # Of K and V, or of Q and dO.
         stages = row["kv_stages"] if "kv_stages" in row else f"{row['q_stages']}+{row['do_stages']}"
         print(
-            f"{row['family']:<8}  {row['dtype']:<5}  {row['head_dim']:>11}  {row['variant']:<{width}}  {tile:>9}  "
-            f"{stages:>6}  {row['threads']:>7}  {registers:>9}  {row['shared_memory']:>7} bytes"
+            f"{row['family']:<8}  {row['dtype']:<5}  {row['head_dim']:>11}  {row['variant']:<{width}}  "
+            f"{tile:>9}  {stages:>6}  {row['threads']:>7}  {registers:>9}  {row['shared_memory']:>7} bytes"
         )
     return 0
 

@@ -167,7 +167,7 @@ COLUMNS = "{:<32} {:>4} {:>10} {:>7} {:>5} {:>7} {:>6} {:>5}"
 
 
 def helper_name(symbol: str) -> str:
-    """Readable name of a kernel beside the attention kernels, with the numbers among its template arguments."""
+    """Name of a kernel beside the attention kernels, with the numbers among its template arguments."""
     name = re.sub(r"^_ZN9hopper_fa\d+|_kernelI.*$|INS_.*$", "", symbol)
     return f"{name}<{','.join(re.findall(r'L(?:NS_5DTypeE|S1_|i|b)([0-9]+)E', symbol))}>"
 

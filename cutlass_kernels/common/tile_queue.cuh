@@ -66,8 +66,8 @@ class TileWriter {
   }
 };
 
-// All threads of the computing warps. kCountInShared: of the tiles read, for a kernel that has no register left
-// to hold the cursor in while it computes a tile.
+// All threads of the computing warps. kCountInShared: of the tiles read, for a kernel that has no register
+// left to hold the cursor in while it computes a tile.
 template <bool kCountInShared>
 class TileReader {
   TileQueueStorage& storage_;

@@ -111,7 +111,7 @@ struct BackwardTile {
   int ds_stages;           // score gradients of so many steps in shared memory
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
-  bool split;              // the two warpgroups share 64 keys: mainloop_split.cuh
+  bool split;  // the two warpgroups share 64 keys: mainloop_split.cuh
 };
 
 constexpr BackwardTile kBackwardTiles[] = {

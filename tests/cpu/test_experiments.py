@@ -94,8 +94,8 @@ BULK_COPY = (
     "copy_sm90_tma.hpp:1450"
 )
 READ_BIAS = (
-    "Read access at void hopper_fa::probabilities<cute::Tensor<cute::ViewEngine<float *>, cute::Layout<cute::C<"
-    "(int)32>, cute::C<(int)1>>>>(const hopper_fa::BackwardArguments &, int, T1 &)+0x2150 in scores.cuh:62"
+    "Read access at void hopper_fa::probabilities<cute::Tensor<cute::ViewEngine<float *>, cute::Layout<"
+    "cute::C<(int)32>, cute::C<(int)1>>>>(const hopper_fa::BackwardArguments &, int, T1 &)+0x2150 in a:62"
 )
 READ_DELTA = (
     "Read access at void hopper_fa::KeysMainloop<hopper_fa::BackwardTraits<(hopper_fa::DType)0, (int)0>>::"

@@ -10,14 +10,14 @@ namespace hopper_fa {
 
 struct BackwardParams {
   DType dtype;
-  int tile;         // row of kBackwardTiles (common/tile_table.h) that the call runs on
-  TensorRef q;      // (batch, seqlen_q, heads_q, head_dim)
-  TensorRef k, v;   // (batch, seqlen_k, heads_kv, head_dim)
-  TensorRef out;    // as q: the forward's output
-  TensorRef dout;   // as q: its gradient
-  TensorRef dq;     // as q, written
-  TensorRef dk;     // as k, written
-  TensorRef dv;     // as v, written
+  int tile;           // row of kBackwardTiles (common/tile_table.h) that the call runs on
+  TensorRef q;        // (batch, seqlen_q, heads_q, head_dim)
+  TensorRef k, v;     // (batch, seqlen_k, heads_kv, head_dim)
+  TensorRef out;      // as q: the forward's output
+  TensorRef dout;     // as q: its gradient
+  TensorRef dq;       // as q, written
+  TensorRef dk;       // as k, written
+  TensorRef dv;       // as v, written
   float const* lse;   // (batch, heads_q, seqlen_q), contiguous: the forward's
   float const* dlse;  // the same: its gradient; null: zero
   // Scratch, 16-byte aligned, of the sizes that backward_workspace gives.
