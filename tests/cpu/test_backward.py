@@ -284,7 +284,8 @@ def test_parameters_and_several_uses(seed: int) -> None:
     out.backward(dout, retain_graph=True)
     first = parameter.grad.clone()
     want = gradients_float64(dout, None, q, q, q, causal=True)
-    assert error_metrics(first, sum(want))["relative_l2"] < 0.01
+    # Three gradients, each with its error, two additions in 16 bits; the sum may be smaller than its parts.
+    assert (first.double() - sum(want)).norm() < 0.01 * sum(part.norm() for part in want)
     out.backward(dout)
     assert torch.equal(parameter.grad, 2 * first)
 
