@@ -46,3 +46,6 @@ set(HOPPER_FA_BACKWARD_INSTANCES
     "fp16|64|default"
     "fp16|128|default"
     "fp16|256|default")
+
+# Built only with -DHOPPER_FA_EXPERIMENTS=ON.
+set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES "bf16|64|dq_warpgroup")

@@ -83,11 +83,16 @@ def through_autograd(
     return lambda: torch.autograd.grad(attention(*leaves), leaves, dout)
 
 
-def _hopper_fa() -> BackwardPeer:
+def _hopper_fa(variant: str = "default") -> BackwardPeer:
     from hopper_fa import flash_attn_func, kernels
 
     def prepare(problem: Problem, mode: str) -> GradientCall:
         causal = problem.shape.causal
+        tile = kernels.backward_tile(problem.shape.head_dim, variant)
+        if problem.shape.head_dim != tile["head_dim"] and variant != "default":
+            raise ValueError(f"{variant} has no tile of its own for head dim {problem.shape.head_dim}")
+        if mode == "combined" and variant != "default":
+            raise ValueError("a variant runs the backward alone")
         if mode == "combined":
             leaves = problem.leaves()
             return through_autograd(
@@ -99,12 +104,13 @@ def _hopper_fa() -> BackwardPeer:
         arguments = (problem.dout, q, k, v, out, lse, None, *gradients, problem.scale, causal)
 
         def call() -> Gradients:
-            kernels.backward(*arguments, deterministic=mode == "deterministic")
+            kernels.backward(*arguments, deterministic=mode == "deterministic", variant=variant)
             return gradients
 
         return call
 
-    return BackwardPeer(OURS, _version("hopper-fa", "hopper_fa"), prepare)
+    name = OURS if variant == "default" else f"{OURS}:{variant}"
+    return BackwardPeer(name, _version("hopper-fa", "hopper_fa"), prepare)
 
 
 @contextlib.contextmanager
@@ -305,14 +311,18 @@ BUILDERS: dict[str, Callable[[], BackwardPeer]] = {
 }
 
 
-def find_backward_peers(names: Iterable[str]) -> tuple[list[BackwardPeer], dict[str, str]]:
-    """As `peers.find_peers`."""
+def find_backward_peers(
+    names: Iterable[str], variants: Iterable[str] = ()
+) -> tuple[list[BackwardPeer], dict[str, str]]:
+    """As `peers.find_peers`. variants: tile-table variants to run beside, as "hopper_fa:VARIANT"."""
     found, missing = [], {}
     for name in names:
         try:
             found.append(BUILDERS[name]())
         except Exception as error:  # a broken installation of a peer must not end the comparison
             missing[name] = reason(error)
+    if OURS not in missing:
+        found += [_hopper_fa(variant) for variant in variants]
     return found, missing
 
 

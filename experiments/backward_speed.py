@@ -88,13 +88,16 @@ def rates(rows: list[dict], mode: str) -> dict[Shape, dict[int, dict[str, float]
 
 
 def ratios(rows: list[dict], mode: str) -> Ratios:
-    """{shape: {peer: our rate over its}}, each of one process; geometric mean where a peer ran in several."""
+    """{shape: {peer: our rate over its}}, each of one process; geometric mean where a peer ran in several.
+
+    Our own variants are no peers.
+    """
     found: Ratios = {}
     for shape, by_process in rates(rows, mode).items():
         of_peer: dict[str, list[float]] = {}
         for by_peer in by_process.values():
             for name, value in by_peer.items():
-                if name != OURS and OURS in by_peer:
+                if name.partition(":")[0] != OURS and OURS in by_peer:
                     of_peer.setdefault(name, []).append(by_peer[OURS] / value)
         if of_peer:
             found[shape] = {name: results.geomean(values) for name, values in of_peer.items()}
@@ -248,7 +251,8 @@ def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
 
 def run_group(options: argparse.Namespace, names: list[str]) -> dict:
     """Measure hopper_fa beside these peers, in this process; the result has no summary yet."""
-    peers, missing = find_backward_peers([OURS, *(name for name in names if name != OURS)])
+    others = [name for name in names if name != OURS]
+    peers, missing = find_backward_peers([OURS, *others], options.variants)
     for name, why in missing.items():
         print(f"without {name}: {why}")
     shapes = chosen_shapes(options)
@@ -324,6 +328,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     masks.add_argument("--full", action="store_true", help="only the full mask")
     parser.add_argument("--grid-only", action="store_true", help="without the grouped queries")
     parser.add_argument("--peers", nargs="+", default=list(GROUPS), metavar="A,B", help="one group a process")
+    parser.add_argument("--variants", nargs="+", default=[], help="tile-table variants of ours, besides")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     command_line.add_timing(parser, rounds=7, batch_ms=15.0)
     parser.add_argument("--method", choices=("graph", "events"), default="graph")

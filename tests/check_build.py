@@ -110,8 +110,9 @@ def kernel_problems(ptxas: PtxasReport, sass: SassReport, tile: dict, dtype: str
     problems += [f"no {opcode}" for opcode in wanted_products if not sass.opcodes[opcode]]
     if not sass.opcodes["UTMALDG"]:
         problems.append("no UTMALDG")
-    specialised = tile["producer_registers"] > 0
-    wanted = {tile["producer_registers"], tile["consumer_registers"]} if specialised else set()
+    roles = ("producer_registers", "consumer_registers", "dq_registers")
+    # Without warp specialisation there is no loading warpgroup, and nothing to reallocate.
+    wanted = {tile[role] for role in roles if tile.get(role)} if tile["producer_registers"] else set()
     if not wanted <= sass.setmaxnreg:
         problems.append(f"setmaxnreg: {sorted(sass.setmaxnreg)} in SASS, {sorted(wanted)} in the tile table")
     return problems

@@ -4,11 +4,13 @@
 //   warpgroup 0, warp 0        TMA: K and V once, Q and dO block by block
 //   warpgroup 0, warps 2, 3    add warpgroup 1's and 2's part of dQ to global memory
 //   warpgroups 1, 2            the products
+//   warpgroup 3                dQ, in tiles with dq_registers
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "backward/loader.cuh"
+#include "backward/mainloop_dq.cuh"
 #include "backward/mainloop_keys.cuh"
 #include "backward/mainloop_split.cuh"
 
@@ -34,8 +36,9 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
   EmptyBarrier::init(&shared.p_full, kWarps);
   EmptyBarrier::init(&shared.p_empty, kWarps);
   for (int i = 0; i < Traits::kTile.ds_stages; ++i) {
-    EmptyBarrier::init(&shared.ds_full[i], kWarps);
-    EmptyBarrier::init(&shared.ds_empty[i], kWarps * Traits::kWarpgroups);
+    // Split: one warpgroup writes, both read. Else both write, and the one for dQ reads.
+    EmptyBarrier::init(&shared.ds_full[i], kWarps * (Traits::kSplit ? 1 : Traits::kWarpgroups));
+    EmptyBarrier::init(&shared.ds_empty[i], kWarps * (Traits::kSplit ? Traits::kWarpgroups : 1));
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -60,6 +63,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
     if (warp == 0) load_blocks<Traits>(args, shared);
     if (warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
+  } else if (Traits::kDqWarpgroup && warp >= 12) {
+    if constexpr (Traits::kDqWarpgroup) {
+      cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.dq_registers>();
+      DqMainloop<Traits>(shared).run(args);
+    }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kTile.consumer_registers>();
     using Mainloop = std::conditional_t<Traits::kSplit, SplitMainloop<Traits>, KeysMainloop<Traits>>;

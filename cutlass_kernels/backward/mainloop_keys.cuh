@@ -9,6 +9,8 @@
 //                            issue dV; dS                         beside dV
 //                            issue dK and S of step i + 1; dS to shared memory, and meet the other warpgroup
 //                            issue dQ; leave it in shared memory, from where another warp adds it up
+//
+// With a warpgroup for dQ (mainloop_dq.cuh) a step ends once dS is in shared memory; nobody meets.
 #pragma once
 
 #include "backward/epilogue.cuh"
@@ -74,8 +76,9 @@ class KeysMainloop {
   __device__ __forceinline__ void one_step(int m) {
     int const q_slot = q_ring_.slot, do_slot = do_ring_.slot;
     FullBarrier::wait(&shared_.do_full[do_slot], do_ring_.phase);
-    half_step<0>(m, q_slot, do_slot);
-    if constexpr (Traits::kParts == 2) half_step<1>(m, q_slot, do_slot);
+    half_step<0, kMore>(m, q_slot, do_slot);
+    if constexpr (Traits::kParts == 2) half_step<1, kMore>(m, q_slot, do_slot);
+    if constexpr (Traits::kDqWarpgroup) return finish_step<kMore>(q_slot, do_slot);
     tma_store_fence();
     warpgroup_wait<1>();  // dV
     arrive_warp(shared_.do_empty[do_slot]);
@@ -96,8 +99,28 @@ class KeysMainloop {
     }
   }
 
+  // A step's end where another warpgroup makes dQ. In flight: dV, dK, and S of the next step.
+  template <bool kMore>
+  __device__ __forceinline__ void finish_step(int q_slot, int do_slot) {
+    tma_store_fence();
+    arrive_warp(shared_.ds_full[ds_ring_.slot]);
+    ds_ring_.advance();
+    warpgroup_wait<kMore ? 2 : 1>();  // dV
+    arrive_warp(shared_.do_empty[do_slot]);
+    do_ring_.advance();
+    warpgroup_wait<kMore ? 1 : 0>();  // dK
+    arrive_warp(shared_.q_empty[q_slot]);
+    if constexpr (kMore) {
+      wait_product<0>(s_);
+    } else {
+      q_ring_.advance();
+      warpgroup_fence_operand(dk_);
+      warpgroup_fence_operand(dv_);
+    }
+  }
+
   // 64 of the step's queries.
-  template <int kPart>
+  template <int kPart, bool kMore>
   __device__ __forceinline__ void half_step(int m, int q_slot, int do_slot) {
     Part dp;
     issue_product(typename Traits::template MmaScores<64>{}, key_rows<Traits>(shared_.v, 64 * warpgroup_),
@@ -118,6 +141,13 @@ class KeysMainloop {
                                    *reinterpret_cast<float2 const*>(delta + i / 4 * 8));
     issue_product(typename Traits::MmaKeys{}, ds, query_columns<Traits>(shared_.q[q_slot], 64 * kPart), dk_,
                   true);
+    if constexpr (Traits::kDqWarpgroup) {
+      if constexpr (kPart == Traits::kParts - 1 && kMore) {
+        q_ring_.advance();
+        issue_s();
+      }
+      if constexpr (kPart == 0) EmptyBarrier::wait(&shared_.ds_empty[ds_ring_.slot], ds_ring_.phase ^ 1);
+    }
     write_ds(ds, shared_.ds[ds_ring_.slot] + (kPart * kBlockN + 64 * warpgroup_) * 64);
   }
 

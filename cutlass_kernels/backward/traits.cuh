@@ -85,6 +85,8 @@ struct BackwardTraits {
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = backward_threads(kTile);
   static constexpr bool kSplit = kTile.split;
+  static constexpr bool kDqWarpgroup = kTile.dq_registers > 0;
+  static_assert(!kSplit || !kDqWarpgroup);
   static_assert(kBlockN == (kSplit ? 64 : 128));
   static constexpr int kSlabs = kHeadDim / 64;           // slabs of 64 columns, 128 bytes a row, swizzled
   static constexpr int kChunks = kBlockM / 64 * kSlabs;  // of dQ in a step
@@ -130,7 +132,7 @@ struct BackwardTraits {
     uint64_t q_full[kTile.q_stages], q_empty[kTile.q_stages];
     uint64_t do_full[kTile.do_stages], do_empty[kTile.do_stages];
     uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
-    uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit
+    uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit, kDqWarpgroup
   };
   static constexpr int kSharedBytes = backward_shared_memory(kTile);
   // 1023: the most that aligning the base can cost.

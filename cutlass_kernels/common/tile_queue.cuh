@@ -10,15 +10,17 @@ namespace hopper_fa {
 struct TileQueueStorage {
   uint64_t full[2], empty[2];
   Tile tile[2];       // m_block -1: no more tiles
-  uint32_t read[16];  // by each warp of the CTA that keeps its count here
+  uint32_t read[16];  // by each warp of the CTA, if readers count there
 };
 
+template <bool kCountInShared>
 __device__ __forceinline__ void init_tile_queue(TileQueueStorage& storage, int reader_warps) {
   for (int i = 0; i < 2; ++i) {
     EmptyBarrier::init(&storage.full[i], 1);
     EmptyBarrier::init(&storage.empty[i], reader_warps);
   }
-  for (uint32_t& read : storage.read) read = 0;
+  if constexpr (kCountInShared)
+    for (uint32_t& read : storage.read) read = 0;
 }
 
 // One whole warp of the CTA. workspace: [0] tiles drawn beyond each CTA's first, [1] CTAs that have run out.
@@ -78,10 +80,9 @@ class TileReader {
 
   // False when there are no more.
   __device__ __forceinline__ bool next(Tile& tile) {
-    uint32_t& count = storage_.read[threadIdx.x / 32];
     if constexpr (kCountInShared) {
       __syncwarp();  // lane 0 has counted
-      uint32_t const read = count;
+      uint32_t const read = storage_.read[threadIdx.x / 32];
       cursor_ = {static_cast<int>(read % 2), read / 2 % 2};
     }
     EmptyBarrier::wait(&storage_.full[cursor_.slot], cursor_.phase);
@@ -89,7 +90,7 @@ class TileReader {
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
       EmptyBarrier::arrive(&storage_.empty[cursor_.slot]);
-      if constexpr (kCountInShared) ++count;
+      if constexpr (kCountInShared) ++storage_.read[threadIdx.x / 32];
     }
     cursor_.advance();
     // Through shuffles, so that the compiler knows that all lanes have the same.

@@ -111,7 +111,8 @@ struct BackwardTile {
   int ds_stages;           // score gradients of so many steps in shared memory
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
-  bool split;  // the two warpgroups share 64 keys: mainloop_split.cuh
+  bool split;            // the two warpgroups share 64 keys: mainloop_split.cuh
+  int dq_registers = 0;  // setmaxnreg of a warpgroup that makes dQ alone (mainloop_dq.cuh); 0: there is none
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
@@ -119,11 +120,13 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"default", 64, 128, 128, 2, 2, 2, 24, 240, false},
     {"default", 128, 64, 128, 2, 2, 2, 24, 240, false},
     {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
+    // Not timed yet (docs/notes/backward_log.md).
+    {"dq_warpgroup", 64, 128, 128, 2, 2, 2, 24, 208, false, 72},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
-// One loading and two computing warpgroups.
-constexpr int backward_threads(BackwardTile const&) { return 3 * 128; }
+// One loading and two computing warpgroups, and the one for dQ.
+constexpr int backward_threads(BackwardTile const& t) { return (t.dq_registers > 0 ? 4 : 3) * 128; }
 
 // Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
 // chunk of dQ for each warpgroup, P if split, 1 KB to align them, barriers.

@@ -15,6 +15,10 @@
 
 namespace hopper_fa {
 
+// NOTE: with the cursor of tiles in registers the int8 d256 kernel spills; without, the e4m3 one does.
+template <class Traits>
+constexpr bool kCountTilesInShared = Traits::kDType == DType::kInt8 && Traits::kHeadDim == 256;
+
 template <class Traits>
 __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& shared, int warpgroups) {
   constexpr int kWarps = 4;
@@ -27,7 +31,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     FullBarrier::init(&shared.kv_full[i], 1);
     EmptyBarrier::init(&shared.kv_empty[i], kWarps * warpgroups);
   }
-  init_tile_queue(shared.tiles, kWarps * warpgroups);
+  init_tile_queue<kCountTilesInShared<Traits>>(shared.tiles, kWarps * warpgroups);
   cutlass::arch::fence_barrier_init();
 }
 
@@ -36,8 +40,7 @@ __device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& 
                                               typename Traits::SharedStorage& shared, int warpgroup,
                                               StartTile start_tile, Refill refill, LastLoads last_loads) {
   std::conditional_t<Traits::kFp8, Fp8Mainloop<Traits>, Mainloop<Traits>> mainloop(args, shared, warpgroup);
-  // NOTE: with the cursor in registers the int8 d256 kernel spills; without, the e4m3 one does.
-  TileReader<Traits::kDType == DType::kInt8 && Traits::kHeadDim == 256> reader(shared.tiles);
+  TileReader<kCountTilesInShared<Traits>> reader(shared.tiles);
   for (Tile tile; reader.next(tile);) {
     start_tile(tile);
     mainloop.run(tile, refill);

@@ -284,8 +284,9 @@ def test_parameters_and_several_uses(seed: int) -> None:
     out.backward(dout, retain_graph=True)
     first = parameter.grad.clone()
     want = gradients_float64(dout, None, q, q, q, causal=True)
-    # Three gradients, each with its error, two additions in 16 bits; the sum may be smaller than its parts.
-    assert (first.double() - sum(want)).norm() < 0.01 * sum(part.norm() for part in want)
+    # Three gradients, each with its error (0.5 to 1%, since the first rows see few keys), two additions in 16
+    # bits; the sum may be smaller than its parts.
+    assert (first.double() - sum(want)).norm() < 0.02 * sum(part.norm() for part in want)
     out.backward(dout)
     assert torch.equal(parameter.grad, 2 * first)
 

@@ -20,7 +20,7 @@ from timing import Samples
 
 SMALL = shapes.Shape(2, 64, 4, 2, 64, True)
 SPEEDS = [
-    {"hopper_fa": 500.0, "fa2": 250.0, "fa3": 400.0},
+    {"hopper_fa": 500.0, "fa2": 250.0, "fa3": 400.0, "hopper_fa:variant": 800.0},
     {"hopper_fa": 600.0, "fa2": 300.0, "cudnn": 750.0},
 ]
 
@@ -49,7 +49,7 @@ def made_up_part(process: int) -> dict:
 
 def test_ratios_never_cross_processes() -> None:
     result = backward_speed.merge([made_up_part(0), made_up_part(1)])
-    assert result["missing"] == {} and set(result["peers"]) == {"hopper_fa", "fa2", "fa3", "cudnn"}
+    assert result["missing"] == {} and set(result["peers"]) == {*SPEEDS[0], *SPEEDS[1]}
     grid = [row for row in result["rows"] if backward_speed.on_grid(row)]
     by_shape = backward_speed.ratios(grid, "backward")
     assert len(by_shape) == 36
@@ -153,7 +153,7 @@ def test_one_group_from_shapes_to_files(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(backward_speed, "Runner", FakeRunner)
     monkeypatch.setattr(backward_speed, "chosen_shapes", lambda options: [SMALL])
     found = [torch_peer("hopper_fa"), torch_peer("fa2"), torch_peer("fa3", "mask"), torch_peer("fa4")]
-    monkeypatch.setattr(backward_speed, "find_backward_peers", lambda names: (found, {"cudnn": "absent"}))
+    monkeypatch.setattr(backward_speed, "find_backward_peers", lambda *_: (found, {"cudnn": "absent"}))
     monkeypatch.setattr(backward_speed, "matmul_ceiling", lambda monitor: {"tflops": 700.0})
     monkeypatch.setattr(
         backward_speed, "new_result", lambda *arguments: {**made_up_part(0), "settings": {}, "rows": []}
