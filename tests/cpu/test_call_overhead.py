@@ -9,18 +9,19 @@ import torch
 from hopper_fa import backend, flash_attn_func, kernels
 
 MICROSECONDS_ALLOWED = 25.0
-# Of forward and backward, beyond those of one torch operation: autograd's own are most of what there is.
-TRAINING_MICROSECONDS_ALLOWED = 60.0
+# Forward and backward in units of torch.neg with its gradient, 24 us where this takes 80: autograd's own time
+# is most of both, on slow machines too.
+TRAINING_COST_ALLOWED = 4.5
 
 
-def microseconds_a_call(call: Callable[[], object], calls: int = 200, repeats: int = 25) -> float:
-    """The best of several means: what the machine's other work adds is not the call's."""
+def microseconds_a_call(call: Callable[[], object], calls: int = 50, repeats: int = 100) -> float:
+    """CPU time of this thread, the best of many short means: the machine's other work is not the call's."""
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(calls):
             call()
-        best = min(best, (time.perf_counter() - start) / calls)
+        best = min(best, (time.thread_time() - start) / calls)
     return best * 1e6
 
 
@@ -76,7 +77,7 @@ def test_training_call(launches: list[tuple]) -> None:
     base = microseconds_a_call(lambda: torch.autograd.grad(torch.neg(q), (q,), dout))
     cost = microseconds_a_call(train)
     print(f"{cost:.1f} us forward and backward, of torch.neg {base:.1f} us")
-    assert cost - base <= TRAINING_MICROSECONDS_ALLOWED
+    assert cost <= TRAINING_COST_ALLOWED * base
 
 
 def test_empty_queries_launch_nothing(launches: list[tuple]) -> None:
