@@ -48,4 +48,7 @@ set(HOPPER_FA_BACKWARD_INSTANCES
     "fp16|256|default")
 
 # Built only with -DHOPPER_FA_EXPERIMENTS=ON.
-set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES "bf16|64|dq_warpgroup")
+set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES
+    "bf16|64|dq_warpgroup"
+    "bf16|64|dq_loader"
+    "bf16|128|dq_loader")

@@ -20,20 +20,13 @@ __device__ __forceinline__ void load_block(CUtensorMap const& map, uint64_t& bar
                            head, batch);
 }
 
-// One whole warp, of which an elected lane issues.
+// K and V of the CTA. One whole warp, of which an elected lane issues; so below.
 template <class Traits>
-__device__ __forceinline__ void load_blocks(BackwardArguments const& args,
-                                            typename Traits::SharedStorage& shared) {
-  constexpr int kBlockM = Traits::kBlockM;
-  constexpr uint32_t kBlockBytes = sizeof(shared.q[0]), kRowBytes = sizeof(shared.bias[0]);
-  auto const once = TMA::CacheHintSm90::EVICT_FIRST, often = TMA::CacheHintSm90::EVICT_LAST;
+__device__ __forceinline__ void load_keys(BackwardArguments const& args,
+                                          typename Traits::SharedStorage& shared) {
   KeyTile const& tile = shared.tile;
-  if (tile.walk.count == 0) return;
+  auto const once = TMA::CacheHintSm90::EVICT_FIRST;
   int const first_key = tile.n_block * Traits::kBlockN;
-  RingCursor<Traits::kTile.q_stages> q_ring;
-  RingCursor<Traits::kTile.do_stages> do_ring;
-  q_ring.phase = do_ring.phase = 1;
-
   if (elect_one_sync()) {
     FullBarrier::arrive_and_expect_tx(&shared.k_full, sizeof(shared.k));
     load_block<Traits>(args.k, shared.k_full, shared.k, Traits::kBlockN, first_key, tile.head, tile.batch,
@@ -43,29 +36,52 @@ __device__ __forceinline__ void load_blocks(BackwardArguments const& args,
                        once);
   }
   __syncwarp();
+}
+
+// A query block of Q and dO, with its rows of bias and delta, when their slots are free.
+template <class Traits, class QRing, class DoRing>
+__device__ __forceinline__ void load_queries(BackwardArguments const& args,
+                                             typename Traits::SharedStorage& shared, int head, int m_block,
+                                             QRing& q_ring, DoRing& do_ring) {
+  constexpr int kBlockM = Traits::kBlockM;
+  constexpr uint32_t kBlockBytes = sizeof(shared.q[0]), kRowBytes = sizeof(shared.bias[0]);
+  KeyTile const& tile = shared.tile;
+  auto const often = TMA::CacheHintSm90::EVICT_LAST;
+  int64_t const rows =
+      (static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block) * kBlockM;
+  EmptyBarrier::wait(&shared.q_empty[q_ring.slot], q_ring.phase);
+  if (elect_one_sync()) {
+    uint64_t& full = shared.q_full[q_ring.slot];
+    FullBarrier::arrive_and_expect_tx(&full, kBlockBytes + kRowBytes);
+    load_block<Traits>(args.q, full, shared.q[q_ring.slot], kBlockM, m_block * kBlockM, head, tile.batch,
+                       often);
+    SM90_BULK_COPY_G2S::copy(args.bias + rows, &full, shared.bias[q_ring.slot], kRowBytes);
+  }
+  __syncwarp();
+  q_ring.advance();
+  EmptyBarrier::wait(&shared.do_empty[do_ring.slot], do_ring.phase);
+  if (elect_one_sync()) {
+    uint64_t& full = shared.do_full[do_ring.slot];
+    FullBarrier::arrive_and_expect_tx(&full, kBlockBytes + kRowBytes);
+    load_block<Traits>(args.dout, full, shared.dout[do_ring.slot], kBlockM, m_block * kBlockM, head,
+                       tile.batch, often);
+    SM90_BULK_COPY_G2S::copy(args.delta + rows, &full, shared.delta[do_ring.slot], kRowBytes);
+  }
+  __syncwarp();
+  do_ring.advance();
+}
+
+template <class Traits>
+__device__ __forceinline__ void load_blocks(BackwardArguments const& args,
+                                            typename Traits::SharedStorage& shared) {
+  KeyTile const& tile = shared.tile;
+  if (tile.walk.count == 0) return;
+  RingCursor<Traits::kTile.q_stages> q_ring;
+  RingCursor<Traits::kTile.do_stages> do_ring;
+  q_ring.phase = do_ring.phase = 1;
+  load_keys<Traits>(args, shared);
   tile.for_each_step(args, [&](int head, int m_block) {
-    int64_t const rows =
-        (static_cast<int64_t>(tile.batch * args.heads_q + head) * args.m_blocks + m_block) * kBlockM;
-    EmptyBarrier::wait(&shared.q_empty[q_ring.slot], q_ring.phase);
-    if (elect_one_sync()) {
-      uint64_t& full = shared.q_full[q_ring.slot];
-      FullBarrier::arrive_and_expect_tx(&full, kBlockBytes + kRowBytes);
-      load_block<Traits>(args.q, full, shared.q[q_ring.slot], kBlockM, m_block * kBlockM, head, tile.batch,
-                         often);
-      SM90_BULK_COPY_G2S::copy(args.bias + rows, &full, shared.bias[q_ring.slot], kRowBytes);
-    }
-    __syncwarp();
-    q_ring.advance();
-    EmptyBarrier::wait(&shared.do_empty[do_ring.slot], do_ring.phase);
-    if (elect_one_sync()) {
-      uint64_t& full = shared.do_full[do_ring.slot];
-      FullBarrier::arrive_and_expect_tx(&full, kBlockBytes + kRowBytes);
-      load_block<Traits>(args.dout, full, shared.dout[do_ring.slot], kBlockM, m_block * kBlockM, head,
-                         tile.batch, often);
-      SM90_BULK_COPY_G2S::copy(args.delta + rows, &full, shared.delta[do_ring.slot], kRowBytes);
-    }
-    __syncwarp();
-    do_ring.advance();
+    load_queries<Traits>(args, shared, head, m_block, q_ring, do_ring);
   });
 }
 
@@ -90,6 +106,13 @@ __device__ __forceinline__ void pass_turn(int* done) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
 }
 
+// The turn of this CTA's key block at a query block.
+template <class Traits>
+__device__ __forceinline__ int turn_of(BackwardArguments const& args, KeyTile const& tile, int m_block) {
+  return dq_turn(tile.walk, tile.n_block, args.n_blocks, m_block, args.seqlen_q, args.seqlen_k,
+                 Traits::kBlockM, Traits::kBlockN, args.group_size);
+}
+
 // Until at most kPending of this thread's bulk additions have not been carried out in global memory.
 template <int kPending>
 __device__ __forceinline__ void wait_added() {
@@ -108,9 +131,7 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
   auto const turn = [&](int block) { return args.turns + (block * Traits::kWarpgroups + warpgroup); };
   tile.for_each_step(args, [&](int head, int m_block) {
     int const block = (tile.batch * args.heads_q + head) * args.m_blocks + m_block;
-    if (args.turns)
-      wait_turn(turn(block), dq_turn(tile.walk, tile.n_block, args.n_blocks, m_block, args.seqlen_q,
-                                     args.seqlen_k, Traits::kBlockM, Traits::kBlockN, args.group_size));
+    if (args.turns) wait_turn(turn(block), turn_of<Traits>(args, tile, m_block));
     // NOTE: unrolled it would spill: 24 registers.
     CUTE_NO_UNROLL
     for (int i = 0; i < Traits::kWarpgroupChunks; ++i) {

@@ -25,7 +25,10 @@ class KeysMainloop {
   static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kHeadDim = Traits::kHeadDim;
   using Scores = decltype(partition_fragment_C(typename Traits::template MmaScores<kBlockM>{},
                                                Shape<_64, Int<kBlockM>>{}));
-  using Part = decltype(partition_fragment_C(typename Traits::template MmaScores<64>{}, Shape<_64, _64>{}));
+  static constexpr int kPartQueries = Traits::kPartQueries;
+  static constexpr int kPartSize = kPartQueries / 2;  // elements of a thread
+  using Part = decltype(partition_fragment_C(typename Traits::template MmaScores<kPartQueries>{},
+                                             Shape<_64, Int<kPartQueries>>{}));
   using Gradient = decltype(partition_fragment_C(typename Traits::MmaKeys{}, Shape<_64, Int<kHeadDim>>{}));
   using Operand = decltype(make_tensor<Element>(typename Traits::LayoutP{}));
   using Chunk = decltype(partition_fragment_C(typename Traits::MmaQueries{}, Shape<_64, _64>{}));
@@ -55,12 +58,21 @@ class KeysMainloop {
       issue_s();
       FullBarrier::wait(&shared_.v_full, 0);
       wait_product<0>(s_);
-      int step = 0;
-      for (int left = heads * count; left > 1; --left) {
-        one_step<true>(tile_.walk.block(step));
-        if (++step == count) step = 0;
+      if constexpr (Traits::kDqApart) {
+        int m = tile_.walk.block(0);  // NOTE: a walk ends where it began, so one counter is enough
+        for (int left = heads * count; left > 1; --left) {
+          one_step<true>(m);
+          if (++m == tile_.walk.first + tile_.walk.count) m = tile_.walk.first;
+        }
+        one_step<false>(m);
+      } else {
+        int step = 0;
+        for (int left = heads * count; left > 1; --left) {
+          one_step<true>(tile_.walk.block(step));
+          if (++step == count) step = 0;
+        }
+        one_step<false>(tile_.walk.block(count - 1));
       }
-      one_step<false>(tile_.walk.block(count - 1));
     }
     int const first_key = tile_.n_block * kBlockN + 64 * warpgroup_;
     store_rows<Element>(args_.dv, tile_.batch, tile_.head, first_key, args_.seqlen_k, args_.head_dim, dv_,
@@ -78,7 +90,7 @@ class KeysMainloop {
     FullBarrier::wait(&shared_.do_full[do_slot], do_ring_.phase);
     half_step<0, kMore>(m, q_slot, do_slot);
     if constexpr (Traits::kParts == 2) half_step<1, kMore>(m, q_slot, do_slot);
-    if constexpr (Traits::kDqWarpgroup) return finish_step<kMore>(q_slot, do_slot);
+    if constexpr (Traits::kDqApart) return finish_step<kMore>(q_slot, do_slot);
     tma_store_fence();
     warpgroup_wait<1>();  // dV
     arrive_warp(shared_.do_empty[do_slot]);
@@ -119,36 +131,40 @@ class KeysMainloop {
     }
   }
 
-  // 64 of the step's queries.
+  // A part of the step's queries.
   template <int kPart, bool kMore>
   __device__ __forceinline__ void half_step(int m, int q_slot, int do_slot) {
     Part dp;
-    issue_product(typename Traits::template MmaScores<64>{}, key_rows<Traits>(shared_.v, 64 * warpgroup_),
-                  query_rows<Traits, 64>(shared_.dout[do_slot], 64 * kPart), dp, false);
+    issue_product(typename Traits::template MmaScores<kPartQueries>{},
+                  key_rows<Traits>(shared_.v, 64 * warpgroup_),
+                  query_rows<Traits, kPartQueries>(shared_.dout[do_slot], kPartQueries * kPart), dp, false);
     make_probabilities<kPart>(m, shared_.bias[q_slot]);
     Operand p, ds;
     CUTE_UNROLL
-    for (int i = 0; i < 32; i += 2)
-      recast<uint32_t>(p)(i / 2) = round_pair<Element>(s_(32 * kPart + i), s_(32 * kPart + i + 1));
-    issue_product(typename Traits::MmaKeys{}, p, query_columns<Traits>(shared_.dout[do_slot], 64 * kPart),
-                  dv_, true);
+    for (int i = 0; i < kPartSize; i += 2)
+      recast<uint32_t>(p)(i / 2) =
+          round_pair<Element>(s_(kPartSize * kPart + i), s_(kPartSize * kPart + i + 1));
+    issue_product(typename Traits::MmaKeys{}, p,
+                  query_columns<Traits>(shared_.dout[do_slot], kPartQueries * kPart), dv_, true);
     wait_product<1>(dp);
-    float const* const delta = shared_.delta[do_slot] + 64 * kPart + 2 * (threadIdx.x % 4);
+    float const* const delta = shared_.delta[do_slot] + kPartQueries * kPart + 2 * (threadIdx.x % 4);
     CUTE_UNROLL
-    for (int i = 0; i < 32; i += 2)
+    for (int i = 0; i < kPartSize; i += 2)
       recast<uint32_t>(ds)(i / 2) =
-          score_gradients<Element>(s_(32 * kPart + i), s_(32 * kPart + i + 1), dp(i), dp(i + 1),
+          score_gradients<Element>(s_(kPartSize * kPart + i), s_(kPartSize * kPart + i + 1), dp(i), dp(i + 1),
                                    *reinterpret_cast<float2 const*>(delta + i / 4 * 8));
-    issue_product(typename Traits::MmaKeys{}, ds, query_columns<Traits>(shared_.q[q_slot], 64 * kPart), dk_,
-                  true);
-    if constexpr (Traits::kDqWarpgroup) {
+    issue_product(typename Traits::MmaKeys{}, ds,
+                  query_columns<Traits>(shared_.q[q_slot], kPartQueries * kPart), dk_, true);
+    if constexpr (Traits::kDqApart) {
       if constexpr (kPart == Traits::kParts - 1 && kMore) {
         q_ring_.advance();
         issue_s();
       }
       if constexpr (kPart == 0) EmptyBarrier::wait(&shared_.ds_empty[ds_ring_.slot], ds_ring_.phase ^ 1);
     }
-    write_ds(ds, shared_.ds[ds_ring_.slot] + (kPart * kBlockN + 64 * warpgroup_) * 64);
+    constexpr int kFirst = kPart * kPartQueries;
+    write_ds(ds, shared_.ds[ds_ring_.slot] + (kFirst / 64 * kBlockN + 64 * warpgroup_) * 64, kFirst % 64 / 8,
+             Traits::kDqApart ? fresh_thread() : threadIdx.x);
   }
 
   // Both warpgroups have written dS.
@@ -157,9 +173,9 @@ class KeysMainloop {
   // Part of S to P in place.
   template <int kPart>
   __device__ __forceinline__ void make_probabilities(int m, float const* bias) {
-    auto part = make_tensor(s_.data() + 32 * kPart, Layout<_32>{});
-    probabilities(args_, tile_.n_block * kBlockN + 64 * warpgroup_, m * kBlockM + 64 * kPart,
-                  bias + 64 * kPart, part);
+    auto part = make_tensor(s_.data() + kPartSize * kPart, Layout<Int<kPartSize>>{});
+    probabilities(args_, tile_.n_block * kBlockN + 64 * warpgroup_, m * kBlockM + kPartQueries * kPart,
+                  bias + kPartQueries * kPart, part);
   }
 
   __device__ __forceinline__ void issue_s() {

@@ -29,12 +29,13 @@ __device__ __forceinline__ auto query_rows(typename Traits::Element const* block
   return thread.make_fragment_B(thread.partition_B(mine));
 }
 
-// B operand: 64 rows of a block of Q or dO, from `first` on, transposed.
+// B operand: a part's rows of a block of Q or dO, from `first` on, transposed.
 template <class Traits>
 __device__ __forceinline__ auto query_columns(typename Traits::Element const* block, int first) {
   Tensor all = make_tensor(make_smem_ptr(block + first * 64),
                            typename Traits::template LayoutColumns<Traits::kHeadDim, Traits::kBlockM>{});
-  Tensor mine = local_tile(all, Shape<Int<Traits::kHeadDim>, _64>{}, make_coord(_0{}, _0{}));
+  Tensor mine =
+      local_tile(all, Shape<Int<Traits::kHeadDim>, Int<Traits::kPartQueries>>{}, make_coord(_0{}, _0{}));
   auto thread = typename Traits::MmaKeys{}.get_slice(0);
   return thread.make_fragment_B(thread.partition_B(mine));
 }
@@ -52,13 +53,14 @@ __device__ __forceinline__ void issue_dq(typename Traits::Element const* ds,
                 thread.make_fragment_B(thread.partition_B(b)), dq, false);
 }
 
-// S to P in place: 64 keys from first_key on by 64 queries from first_row on, whose bias is given.
+// S to P in place: 64 keys from first_key on by up to 64 queries from first_row on, whose bias is given.
 template <class Scores>
 __device__ __forceinline__ void probabilities(BackwardArguments const& args, int first_key, int first_row,
                                               float const* bias, Scores& s) {
+  constexpr int kSize = decltype(size(s))::value;
   int const column = 2 * (threadIdx.x % 4);
   CUTE_UNROLL
-  for (int octet = 0; octet < 8; ++octet) {
+  for (int octet = 0; octet < kSize / 4; ++octet) {
     float2 const b = *reinterpret_cast<float2 const*>(bias + 8 * octet + column);
     CUTE_UNROLL
     for (int i = 4 * octet; i < 4 * octet + 4; ++i) s(i) = fmaf(s(i), args.scale_log2, i % 2 ? b.y : b.x);
@@ -75,7 +77,7 @@ __device__ __forceinline__ void probabilities(BackwardArguments const& args, int
     mask_transposed(s, hidden);
   }
   CUTE_UNROLL
-  for (int i = 0; i < 32; ++i) s(i) = exp2_sfu(s(i));
+  for (int i = 0; i < kSize; ++i) s(i) = exp2_sfu(s(i));
 }
 
 // Two neighbouring elements of dS = P (dP - delta), rounded.
@@ -84,16 +86,26 @@ __device__ __forceinline__ uint32_t score_gradients(float p0, float p1, float dp
   return round_pair<Element>(p0 * (dp0 - delta.x), p1 * (dp1 - delta.y));
 }
 
-// dS of 64 keys by 64 queries to shared memory, 128 bytes a key in WGMMA's 128-byte swizzle. Four 8 x 8
-// matrices at a time, 16 keys by two octets of queries: lane i has the address of row i % 8 of matrix i / 8.
+// threadIdx.x, but not known to be the same every time: what is computed from it takes no registers over a
+// loop.
+__device__ __forceinline__ unsigned fresh_thread() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// dS of 64 keys by up to 64 queries, from an octet on, to shared memory, 128 bytes a key in WGMMA's 128-byte
+// swizzle. Four 8 x 8 matrices at a time, 16 keys by two octets of queries: lane i has the address of row
+// i % 8 of matrix i / 8.
 template <class Element, class Operand>
-__device__ __forceinline__ void write_ds(Operand const& ds, Element* first_row) {
-  int const lane = threadIdx.x % 32;
-  Element* const row = first_row + (threadIdx.x % 128 / 32 * 16 + lane % 16) * 64;
+__device__ __forceinline__ void write_ds(Operand const& ds, Element* first_row, int first_octet,
+                                         unsigned thread) {
+  int const lane = thread % 32;
+  Element* const row = first_row + (thread % 128 / 32 * 16 + lane % 16) * 64;
   auto words = recast<uint32_t>(ds);
   CUTE_UNROLL
-  for (int octet = 0; octet < 8; octet += 2) {
-    int const swizzled = (octet + lane / 16) ^ (lane % 8);
+  for (int octet = 0; octet < decltype(size(words))::value / 2; octet += 2) {
+    int const swizzled = (first_octet + octet + lane / 16) ^ (lane % 8);
     SM90_U32x4_STSM_N::copy(words(2 * octet), words(2 * octet + 1), words(2 * octet + 2),
                             words(2 * octet + 3), *reinterpret_cast<uint128_t*>(row + swizzled * 8));
   }

@@ -85,13 +85,15 @@ struct BackwardTraits {
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = backward_threads(kTile);
   static constexpr bool kSplit = kTile.split;
-  static constexpr bool kDqWarpgroup = kTile.dq_registers > 0;
-  static_assert(!kSplit || !kDqWarpgroup);
+  static constexpr bool kDqApart = kTile.dq_by != DqBy::kComputing;  // from the computing warpgroups
+  static_assert(!kSplit || !kDqApart);
   static_assert(kBlockN == (kSplit ? 64 : 128));
   static constexpr int kSlabs = kHeadDim / 64;           // slabs of 64 columns, 128 bytes a row, swizzled
   static constexpr int kChunks = kBlockM / 64 * kSlabs;  // of dQ in a step
-  // NOTE: P and dP of 128 queries have no room in registers together: dP comes in parts of 64.
-  static constexpr int kParts = kBlockM / 64;
+  // NOTE: P and dP of a whole block have no room in registers together: dP comes in parts.
+  static constexpr int kPartQueries = kTile.part_queries;
+  static constexpr int kParts = kBlockM / kPartQueries;
+  static_assert(kBlockM % kPartQueries == 0 && 64 % kPartQueries == 0 && kParts <= 2);
   static constexpr int kWarpgroupChunks = kChunks / kWarpgroups;
   static_assert(kChunks % kWarpgroups == 0 && kBlockM % 64 == 0 && kHeadDim % 64 == 0);
 
@@ -108,11 +110,11 @@ struct BackwardTraits {
   template <int kQueries>
   using MmaScores = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, Shape<_64, Int<kQueries>, Int<kHeadDim>>>()));
-  // dV and dK, 64 keys by head dim: the probabilities and score gradients, transposed, are in registers.
-  using MmaKeys =
-      decltype(make_tiled_mma(GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, _64>,
-                                                   GMMA::Major::K, GMMA::Major::MN>()));
-  using LayoutP = Layout<Shape<Shape<_2, _2, _2>, _1, _4>>;
+  // dV and dK, 64 keys by head dim: a part's probabilities and score gradients, transposed, are in registers.
+  using MmaKeys = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<Element, Element, float, Shape<_64, Int<kHeadDim>, Int<kPartQueries>>,
+                           GMMA::Major::K, GMMA::Major::MN>()));
+  using LayoutP = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kPartQueries / 16>>>;
   // A chunk of dQ.
   using MmaQueries =
       decltype(make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<_64, _64, Int<kBlockN>>,
@@ -132,7 +134,7 @@ struct BackwardTraits {
     uint64_t q_full[kTile.q_stages], q_empty[kTile.q_stages];
     uint64_t do_full[kTile.do_stages], do_empty[kTile.do_stages];
     uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
-    uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit, kDqWarpgroup
+    uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit, kDqApart
   };
   static constexpr int kSharedBytes = backward_shared_memory(kTile);
   // 1023: the most that aligning the base can cost.

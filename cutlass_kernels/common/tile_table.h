@@ -101,6 +101,9 @@ constexpr int forward_shared_memory(ForwardTile const& t) {
          forward_affine_bytes(t) + 1024 + 512;
 }
 
+// Who multiplies dQ = dS K: the computing warpgroups, one more, or the one that loads and adds dQ up.
+enum class DqBy { kComputing, kOwnWarpgroup, kLoader };
+
 struct BackwardTile {
   char const* variant;
   int head_dim;            // as in ForwardTile
@@ -111,8 +114,10 @@ struct BackwardTile {
   int ds_stages;           // score gradients of so many steps in shared memory
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
-  bool split;            // the two warpgroups share 64 keys: mainloop_split.cuh
-  int dq_registers = 0;  // setmaxnreg of a warpgroup that makes dQ alone (mainloop_dq.cuh); 0: there is none
+  bool split;  // the two warpgroups share 64 keys: mainloop_split.cuh
+  DqBy dq_by = DqBy::kComputing;
+  int dq_registers = 0;   // setmaxnreg of the warpgroup that does nothing but dQ
+  int part_queries = 64;  // queries whose dP a warpgroup holds at a time
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
@@ -121,12 +126,16 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"default", 128, 64, 128, 2, 2, 2, 24, 240, false},
     {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
     // Not timed yet (docs/notes/backward_log.md).
-    {"dq_warpgroup", 64, 128, 128, 2, 2, 2, 24, 208, false, 72},
+    {"dq_warpgroup", 64, 128, 128, 2, 2, 2, 24, 208, false, DqBy::kOwnWarpgroup, 72},
+    {"dq_loader", 64, 128, 128, 2, 2, 2, 72, 216, false, DqBy::kLoader},
+    {"dq_loader", 128, 64, 128, 2, 2, 2, 72, 216, false, DqBy::kLoader, 0, 32},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
 // One loading and two computing warpgroups, and the one for dQ.
-constexpr int backward_threads(BackwardTile const& t) { return (t.dq_registers > 0 ? 4 : 3) * 128; }
+constexpr int backward_threads(BackwardTile const& t) {
+  return (t.dq_by == DqBy::kOwnWarpgroup ? 4 : 3) * 128;
+}
 
 // Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
 // chunk of dQ for each warpgroup, P if split, 1 KB to align them, barriers.
