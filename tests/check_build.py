@@ -214,7 +214,8 @@ def check(binary: Path) -> list[str]:
             else:
                 label, details = helper_name(symbol), ("-",) * 4
                 found = memory_problems(ptxas, code)
-            problems += [f"{name}: {label}: {problem}" for problem in found]
+            where = name if label == name else f"{name}: {label}"
+            problems += [f"{where}: {problem}" for problem in found]
             print(COLUMNS.format(label, ptxas.registers, *details, spills, ptxas.stack))
     return problems
 
