@@ -44,8 +44,8 @@ def gradients_emulated(
     scale_log2 = torch.tensor(softmax_scale * LOG2_E, dtype=torch.float32).item()
 
     k32, v32 = (_in_blocks(t, block_n) for t in (k, v))  # (batch, heads_kv, blocks, block_n, head_dim)
-    # (batch, heads_kv, heads of a group, seqlen_q, head_dim or 1); contiguous, because the order in which torch
-    # adds depends on strides.
+    # (batch, heads_kv, heads of a group, seqlen_q, head_dim or 1); contiguous, because the order in which
+    # torch adds depends on strides.
     q32, dout32, out32 = (t.transpose(1, 2).float().contiguous().unflatten(1, heads) for t in (q, dout, out))
     lse32 = lse.unflatten(1, heads)[..., None]
     delta = (dout32 * out32).sum(-1, keepdim=True)
