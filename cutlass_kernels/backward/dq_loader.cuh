@@ -49,6 +49,7 @@ class DqLoader {
       make_chunk<1>(block, m_block);
       ds_ring_.advance();
       if (adds_ && args_.turns) pass_turns(block);
+      __syncwarp();
     });
     if (!adds_) return;
     wait_added<0>();
@@ -68,6 +69,7 @@ class DqLoader {
     }
     // Of this thread's additions only that of the other buffer may still be reading shared memory.
     if (adds_) tma_store_wait<1>();
+    __syncwarp();
     meet();
     put_chunk(dq, shared_.dq[kIndex]);
     tma_store_fence();
@@ -77,6 +79,7 @@ class DqLoader {
       bulk_add(args_.dq_sum + (int64_t(block) * Traits::kChunks + kIndex) * kChunk, shared_.dq[kIndex],
                kChunk * sizeof(float));
     }
+    __syncwarp();  // products want whole warps
   }
 
   static __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, 128;" ::: "memory"); }

@@ -57,7 +57,14 @@ def test_more_tiles_than_multiprocessors(
     assert_backward_accurate(problem, deterministic)
 
 
+# (batch, heads_q, heads_kv, seqlen_q, seqlen_k): the usual; walks of no, one and two steps, also in a group
+# of heads; more key blocks than multiprocessors, and more than one group of turns.
+EXPERIMENT_CASES = [(2, 6, 2, 799, 1023), (1, 1, 1, 0, 64), (1, 1, 1, 1, 1), (1, 1, 1, 64, 300)]
+EXPERIMENT_CASES += [(1, 1, 1, 129, 128), (1, 3, 1, 100, 100), (5, 12, 4, 1000, 1000), (1, 1, 1, 700, 17500)]
+
+
 @both_masks
+@pytest.mark.parametrize("sizes", EXPERIMENT_CASES, ids=str)
 @pytest.mark.parametrize(
     ("variant", "head_dim", "dtype"),
     [
@@ -67,8 +74,10 @@ def test_more_tiles_than_multiprocessors(
         if row["variant"] != "default"
     ],
 )
-def test_experiment_variants(variant: str, head_dim: int, dtype: str, causal: bool, seed: int) -> None:
-    problem = problem_of(Case(2, 6, 2, 799, 1023, head_dim, causal), DTYPES[dtype], seed, with_dlse=True)
+def test_experiment_variants(
+    variant: str, head_dim: int, dtype: str, sizes: tuple[int, ...], causal: bool, seed: int
+) -> None:
+    problem = problem_of(Case(*sizes, head_dim, causal), DTYPES[dtype], seed, with_dlse=True)
     assert_backward_accurate(problem, False, variant)
     assert_backward_accurate(problem, True, variant)
 
