@@ -49,6 +49,4 @@ set(HOPPER_FA_BACKWARD_INSTANCES
 
 # Built only with -DHOPPER_FA_EXPERIMENTS=ON.
 set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES
-    "bf16|64|dq_warpgroup"
-    "bf16|64|dq_loader"
-    "bf16|128|dq_loader")
+    "bf16|64|no_dq_warpgroup")

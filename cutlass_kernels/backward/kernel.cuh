@@ -4,12 +4,11 @@
 //   warpgroup 0, warp 0        TMA: K and V once, Q and dO block by block
 //   warpgroup 0, warps 2, 3    add warpgroup 1's and 2's part of dQ to global memory
 //   warpgroups 1, 2            the products
-//   warpgroup 3                dQ, if dq_by says so
+//   warpgroup 3                dQ, where there is one
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "backward/dq_loader.cuh"
 #include "backward/loader.cuh"
 #include "backward/mainloop_dq.cuh"
 #include "backward/mainloop_keys.cuh"
@@ -62,14 +61,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
-    if constexpr (Traits::kTile.dq_by == DqBy::kLoader) {
-      DqLoader<Traits>(args, shared).run();
-    } else {
-      if (warp == 0) load_blocks<Traits>(args, shared);
-      if (warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
-    }
-  } else if (Traits::kTile.dq_by == DqBy::kOwnWarpgroup && warp >= 12) {
-    if constexpr (Traits::kTile.dq_by == DqBy::kOwnWarpgroup) {
+    if (warp == 0) load_blocks<Traits>(args, shared);
+    if (warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
+  } else if (Traits::kDqApart && warp >= 12) {
+    if constexpr (Traits::kDqApart) {
       cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.dq_registers>();
       DqMainloop<Traits>(shared).run(args);
     }

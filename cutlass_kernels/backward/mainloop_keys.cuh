@@ -162,8 +162,7 @@ class KeysMainloop {
       }
       if constexpr (kPart == 0) EmptyBarrier::wait(&shared_.ds_empty[ds_ring_.slot], ds_ring_.phase ^ 1);
     }
-    constexpr int kFirst = kPart * kPartQueries;
-    write_ds(ds, shared_.ds[ds_ring_.slot] + (kFirst / 64 * kBlockN + 64 * warpgroup_) * 64, kFirst % 64 / 8,
+    write_ds(ds, shared_.ds[ds_ring_.slot] + (kPart * kBlockN + 64 * warpgroup_) * 64,
              Traits::kDqApart ? fresh_thread() : threadIdx.x);
   }
 

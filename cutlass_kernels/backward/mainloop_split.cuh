@@ -106,7 +106,7 @@ class SplitMainloop {
       issue_product(typename Traits::MmaKeys{}, operand, query_columns<Traits>(shared_.q[q_slot], 0), sum,
                     true);
       EmptyBarrier::wait(&shared_.ds_empty[0], phase_ ^ 1);
-      write_ds(operand, shared_.ds[0], 0, threadIdx.x);
+      write_ds(operand, shared_.ds[0], threadIdx.x);
       tma_store_fence();
       arrive_warp(shared_.ds_full[0]);
     }

@@ -94,18 +94,16 @@ __device__ __forceinline__ unsigned fresh_thread() {
   return thread;
 }
 
-// dS of 64 keys by up to 64 queries, from an octet on, to shared memory, 128 bytes a key in WGMMA's 128-byte
-// swizzle. Four 8 x 8 matrices at a time, 16 keys by two octets of queries: lane i has the address of row
-// i % 8 of matrix i / 8.
+// dS of 64 keys by 64 queries to shared memory, 128 bytes a key in WGMMA's 128-byte swizzle. Four 8 x 8
+// matrices at a time, 16 keys by two octets of queries: lane i has the address of row i % 8 of matrix i / 8.
 template <class Element, class Operand>
-__device__ __forceinline__ void write_ds(Operand const& ds, Element* first_row, int first_octet,
-                                         unsigned thread) {
+__device__ __forceinline__ void write_ds(Operand const& ds, Element* first_row, unsigned thread) {
   int const lane = thread % 32;
   Element* const row = first_row + (thread % 128 / 32 * 16 + lane % 16) * 64;
   auto words = recast<uint32_t>(ds);
   CUTE_UNROLL
   for (int octet = 0; octet < decltype(size(words))::value / 2; octet += 2) {
-    int const swizzled = (first_octet + octet + lane / 16) ^ (lane % 8);
+    int const swizzled = (octet + lane / 16) ^ (lane % 8);
     SM90_U32x4_STSM_N::copy(words(2 * octet), words(2 * octet + 1), words(2 * octet + 2),
                             words(2 * octet + 3), *reinterpret_cast<uint128_t*>(row + swizzled * 8));
   }

@@ -85,15 +85,15 @@ struct BackwardTraits {
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = backward_threads(kTile);
   static constexpr bool kSplit = kTile.split;
-  static constexpr bool kDqApart = kTile.dq_by != DqBy::kComputing;  // from the computing warpgroups
+  static constexpr bool kDqApart = kTile.dq_registers > 0;  // a warpgroup for dQ
   static_assert(!kSplit || !kDqApart);
   static_assert(kBlockN == (kSplit ? 64 : 128));
   static constexpr int kSlabs = kHeadDim / 64;           // slabs of 64 columns, 128 bytes a row, swizzled
   static constexpr int kChunks = kBlockM / 64 * kSlabs;  // of dQ in a step
   // NOTE: P and dP of a whole block have no room in registers together: dP comes in parts.
-  static constexpr int kPartQueries = kTile.part_queries;
+  static constexpr int kPartQueries = 64;
   static constexpr int kParts = kBlockM / kPartQueries;
-  static_assert(kBlockM % kPartQueries == 0 && 64 % kPartQueries == 0 && kParts <= 2);
+  static_assert(kBlockM % kPartQueries == 0 && kParts <= 2);
   static constexpr int kWarpgroupChunks = kChunks / kWarpgroups;
   static_assert(kChunks % kWarpgroups == 0 && kBlockM % 64 == 0 && kHeadDim % 64 == 0);
 

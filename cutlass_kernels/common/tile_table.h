@@ -101,9 +101,6 @@ constexpr int forward_shared_memory(ForwardTile const& t) {
          forward_affine_bytes(t) + 1024 + 512;
 }
 
-// Who multiplies dQ = dS K: the computing warpgroups, one more, or the one that loads and adds dQ up.
-enum class DqBy { kComputing, kOwnWarpgroup, kLoader };
-
 struct BackwardTile {
   char const* variant;
   int head_dim;            // as in ForwardTile
@@ -115,26 +112,22 @@ struct BackwardTile {
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
   bool split;  // the two warpgroups share 64 keys: mainloop_split.cuh
-  DqBy dq_by = DqBy::kComputing;
-  int dq_registers = 0;   // setmaxnreg of the warpgroup that does nothing but dQ
-  int part_queries = 64;  // queries whose dP a warpgroup holds at a time
+  int dq_registers = 0;  // setmaxnreg of a warpgroup for dQ = dS K; 0: the computing ones multiply it
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
     // variant, d, M, N, Q, dO and dS stages, regs
-    {"default", 64, 128, 128, 2, 2, 2, 24, 240, false},
+    {"default", 64, 128, 128, 2, 2, 2, 24, 208, false, 72},
     {"default", 128, 64, 128, 2, 2, 2, 24, 240, false},
     {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
-    // Not timed yet (docs/notes/backward_log.md).
-    {"dq_warpgroup", 64, 128, 128, 2, 2, 2, 24, 208, false, DqBy::kOwnWarpgroup, 72},
-    {"dq_loader", 64, 128, 128, 2, 2, 2, 72, 216, false, DqBy::kLoader},
-    {"dq_loader", 128, 64, 128, 2, 2, 2, 72, 216, false, DqBy::kLoader, 0, 32},
+    // Tried and slower (docs/notes/backward_log.md).
+    {"no_dq_warpgroup", 64, 128, 128, 2, 2, 2, 24, 240, false},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
 // One loading and two computing warpgroups, and the one for dQ.
 constexpr int backward_threads(BackwardTile const& t) {
-  return (t.dq_by == DqBy::kOwnWarpgroup ? 4 : 3) * 128;
+  return (t.dq_registers ? 4 : 3) * 128;
 }
 
 // Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
