@@ -48,4 +48,7 @@ set(HOPPER_FA_BACKWARD_INSTANCES
 
 # Built only with -DHOPPER_FA_EXPERIMENTS=ON.
 set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES
-    "bf16|64|no_dq_warpgroup")
+    "bf16|64|no_dq_warpgroup"
+    "bf16|64|store_first"
+    "bf16|128|store_first"
+    "bf16|256|store_first")

@@ -251,7 +251,8 @@ def backward(
             )
     sum_floats, row_floats, turn_ints = _C.backward_workspace(tile["tile"], batch, seqlen_q, heads_q)
     floats = torch.empty(sum_floats + row_floats, dtype=torch.float32, device=q.device)
-    turns = torch.empty(turn_ints, dtype=torch.int32, device=q.device) if deterministic else None
+    counted = deterministic or tile["store_first"]
+    turns = torch.empty(turn_ints, dtype=torch.int32, device=q.device) if counted else None
     # fmt: off
     status = _C.backward(
         _C.DTYPES[DTYPE_NAMES[q.dtype]], tile["tile"],

@@ -45,6 +45,7 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   args.delta = p.rows + row_blocks * Traits::kBlockM;
   args.dq_sum = p.dq_sum;
   args.turns = p.deterministic ? p.turns : nullptr;
+  args.stored = Traits::kTile.store_first ? p.turns : nullptr;
   // Q, dO and dQ's sum of the query heads that read one key/value head.
   int64_t const head_bytes = int64_t(p.seqlen_q) * p.head_dim * 8 * args.q_heads_per_kv;
   args.scheduler = make_tile_scheduler(p.batch, p.heads_kv, 1, p.seqlen_k, Traits::kBlockN, head_bytes,

@@ -92,6 +92,13 @@ __device__ __forceinline__ void bulk_add(float* global, float const* smem, uint3
   tma_store_arrive();
 }
 
+__device__ __forceinline__ void bulk_store(float* global, float const* smem, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(cast_smem_ptr_to_uint(smem)), "r"(bytes)
+               : "memory");
+  tma_store_arrive();
+}
+
 // Deterministic mode: `done` counts the key blocks that have added to a query block. Waits for its turn.
 __device__ __forceinline__ void wait_turn(int const* done, int mine) {
   int now;
@@ -104,6 +111,32 @@ __device__ __forceinline__ void wait_turn(int const* done, int mine) {
 __device__ __forceinline__ void pass_turn(int* done) {
   asm volatile("fence.proxy.async.global;" ::: "memory");
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
+}
+
+// Who stores the first part of a sum, where no turns say so. The one that claims it has its part at hand and
+// waits for nobody; all others wait until it is stored.
+enum Sum : int { kNothing = 0, kBeingStored = 1, kStored = 2 };
+
+__device__ __forceinline__ int sum_state(int const* sum) {
+  int state;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(state) : "l"(sum) : "memory");
+  return state;
+}
+// Whether the caller is to store. `state` was the sum's a while ago.
+__device__ __forceinline__ bool claim_sum(int* sum, int state) {
+  if (state == kNothing)
+    asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], %2, %3;"
+                 : "=r"(state)
+                 : "l"(sum), "r"(kNothing), "r"(kBeingStored)
+                 : "memory");
+  if (state == kNothing) return true;
+  while (state != kStored) state = sum_state(sum);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  return false;
+}
+__device__ __forceinline__ void announce_sum(int* sum) {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(sum), "r"(kStored) : "memory");
 }
 
 // The turn of this CTA's key block at a query block.
@@ -119,8 +152,8 @@ __device__ __forceinline__ void wait_added() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// One thread: takes the chunks of dQ that a warpgroup leaves in shared memory and adds them to the sum; in
-// deterministic mode when it is this key block's turn.
+// One thread: takes the chunks of dQ that a warpgroup leaves in shared memory and adds them to the sum, or
+// stores them if they are its first; in deterministic mode when it is this key block's turn.
 template <class Traits>
 __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename Traits::SharedStorage& shared,
                                        int warpgroup) {
@@ -128,17 +161,32 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
   float const* const from = shared.dq[warpgroup];
   uint32_t phase = 0;
   int before = -1;  // query block whose turn is still to be passed on
+  constexpr bool kStoreFirst = Traits::kTile.store_first;
   auto const turn = [&](int block) { return args.turns + (block * Traits::kWarpgroups + warpgroup); };
+  auto const sum = [&](int block) { return args.stored + (block * Traits::kWarpgroups + warpgroup); };
   tile.for_each_step(args, [&](int head, int m_block) {
     int const block = (tile.batch * args.heads_q + head) * args.m_blocks + m_block;
-    if (args.turns) wait_turn(turn(block), turn_of<Traits>(args, tile, m_block));
+    bool first = false;
+    int state = kStored;
+    if (args.turns) {
+      int const mine = turn_of<Traits>(args, tile, m_block);
+      wait_turn(turn(block), mine);
+      first = kStoreFirst && mine == 0;
+    } else if (kStoreFirst) {
+      state = sum_state(sum(block));
+    }
     // NOTE: unrolled it would spill: 24 registers.
     CUTE_NO_UNROLL
     for (int i = 0; i < Traits::kWarpgroupChunks; ++i) {
       int const chunk = block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks + i;
       FullBarrier::wait(&shared.dq_full[warpgroup], phase);
       phase ^= 1;
-      bulk_add(args.dq_sum + int64_t(chunk) * kChunk, from, kChunk * sizeof(float));
+      if (kStoreFirst && !args.turns && i == 0) first = claim_sum(sum(block), state);
+      float* const to = args.dq_sum + int64_t(chunk) * kChunk;
+      if (first)
+        bulk_store(to, from, kChunk * sizeof(float));
+      else
+        bulk_add(to, from, kChunk * sizeof(float));
       tma_store_wait<0>();  // read; shared memory is free
       EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
     }
@@ -151,6 +199,9 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
     } else if (args.turns) {
       wait_added<0>();
       pass_turn(turn(block));
+    } else if (first) {
+      wait_added<0>();
+      announce_sum(sum(block));
     }
   });
   wait_added<0>();

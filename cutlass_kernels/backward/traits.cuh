@@ -42,6 +42,7 @@ struct BackwardArguments {
   float scale_log2, softmax_scale;
   bool causal;
   TileScheduler scheduler;  // of key blocks
+  int* stored;  // of turns' shape: 0 while dQ's sum holds nothing. Deterministic: turns. Null: it was cleared
 };
 
 // The key block a CTA works on, and the query blocks it walks over: for every query head of the group, one

@@ -110,8 +110,10 @@ struct BackwardTile {
   int ds_stages;           // score gradients of so many steps in shared memory
   int producer_registers;  // setmaxnreg, as in ForwardTile
   int consumer_registers;
-  bool split;  // the two warpgroups share 64 keys: mainloop_split.cuh
+  bool split;            // the two warpgroups share 64 keys: mainloop_split.cuh
   int dq_registers = 0;  // setmaxnreg of a warpgroup for dQ = dS K; 0: the computing ones multiply it
+  // The first part of dQ's sum is stored and not added, so that nobody needs to clear the sum before.
+  bool store_first = false;
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
@@ -121,13 +123,15 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
     // Tried and slower (docs/notes/backward_log.md).
     {"no_dq_warpgroup", 64, 128, 128, 2, 2, 2, 24, 240, false},
+    // Not timed yet.
+    {"store_first", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, true},
+    {"store_first", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, true},
+    {"store_first", 256, 64, 64, 2, 1, 1, 24, 240, true, 0, true},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
 // One loading and two computing warpgroups, and the one for dQ.
-constexpr int backward_threads(BackwardTile const& t) {
-  return (t.dq_registers ? 4 : 3) * 128;
-}
+constexpr int backward_threads(BackwardTile const& t) { return (t.dq_registers ? 4 : 3) * 128; }
 
 // Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
 // chunk of dQ for each warpgroup, P if split, 1 KB to align them, barriers.

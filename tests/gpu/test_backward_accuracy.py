@@ -58,9 +58,10 @@ def test_more_tiles_than_multiprocessors(
 
 
 # (batch, heads_q, heads_kv, seqlen_q, seqlen_k): the usual; walks of no, one and two steps, also in a group
-# of heads; more key blocks than multiprocessors, and more than one group of turns.
+# of heads; more key blocks than multiprocessors, and more than one group of turns; queries that see no key.
 EXPERIMENT_CASES = [(2, 6, 2, 799, 1023), (1, 1, 1, 0, 64), (1, 1, 1, 1, 1), (1, 1, 1, 64, 300)]
 EXPERIMENT_CASES += [(1, 1, 1, 129, 128), (1, 3, 1, 100, 100), (5, 12, 4, 1000, 1000), (1, 1, 1, 700, 17500)]
+EXPERIMENT_CASES += [(2, 4, 1, 799, 239), (1, 2, 1, 300, 0)]
 
 
 @both_masks
