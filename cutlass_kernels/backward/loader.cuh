@@ -92,19 +92,16 @@ __device__ __forceinline__ void bulk_add(float* global, float const* smem, uint3
   tma_store_arrive();
 }
 
-__device__ __forceinline__ void bulk_store(float* global, float const* smem, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-               "r"(cast_smem_ptr_to_uint(smem)), "r"(bytes)
-               : "memory");
-  tma_store_arrive();
+__device__ __forceinline__ int load_acquire(int const* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
 }
 
 // Deterministic mode: `done` counts the key blocks that have added to a query block. Waits for its turn.
 __device__ __forceinline__ void wait_turn(int const* done, int mine) {
-  int now;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(done) : "memory");
-  } while (now != mine);
+  while (load_acquire(done) != mine) {
+  }
   // NOTE: what follows goes through the asynchronous proxy.
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
@@ -113,15 +110,10 @@ __device__ __forceinline__ void pass_turn(int* done) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(done) : "memory");
 }
 
-// Who stores the first part of a sum, where no turns say so. The one that claims it has its part at hand and
-// waits for nobody; all others wait until it is stored.
+// Who stores the first part of a sum, where no turns say so. The one that claims it has its first chunk at
+// hand and needs no other CTA for the rest; all others wait until it is stored.
 enum Sum : int { kNothing = 0, kBeingStored = 1, kStored = 2 };
 
-__device__ __forceinline__ int sum_state(int const* sum) {
-  int state;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(state) : "l"(sum) : "memory");
-  return state;
-}
 // Whether the caller is to store. `state` was the sum's a while ago.
 __device__ __forceinline__ bool claim_sum(int* sum, int state) {
   if (state == kNothing)
@@ -130,7 +122,7 @@ __device__ __forceinline__ bool claim_sum(int* sum, int state) {
                  : "l"(sum), "r"(kNothing), "r"(kBeingStored)
                  : "memory");
   if (state == kNothing) return true;
-  while (state != kStored) state = sum_state(sum);
+  while (state != kStored) state = load_acquire(sum);
   asm volatile("fence.proxy.async.global;" ::: "memory");
   return false;
 }
@@ -173,7 +165,7 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
       wait_turn(turn(block), mine);
       first = kStoreFirst && mine == 0;
     } else if (kStoreFirst) {
-      state = sum_state(sum(block));
+      state = load_acquire(sum(block));
     }
     // NOTE: unrolled it would spill: 24 registers.
     CUTE_NO_UNROLL
@@ -183,10 +175,12 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
       phase ^= 1;
       if (kStoreFirst && !args.turns && i == 0) first = claim_sum(sum(block), state);
       float* const to = args.dq_sum + int64_t(chunk) * kChunk;
-      if (first)
-        bulk_store(to, from, kChunk * sizeof(float));
-      else
+      if (first) {
+        SM90_BULK_COPY_S2G::copy(from, to, kChunk * sizeof(float));
+        tma_store_arrive();
+      } else {
         bulk_add(to, from, kChunk * sizeof(float));
+      }
       tma_store_wait<0>();  // read; shared memory is free
       EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
     }
