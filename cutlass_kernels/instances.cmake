@@ -32,7 +32,10 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|128|tma_store"
     "e4m3|64|fp8_no_ping_pong"
     "e4m3|128|fp8_no_ping_pong"
-    "e4m3|256|fp8_two_parts")
+    "e4m3|256|fp8_two_parts"
+    "e4m3|256|fp8_four_parts"
+    "int8|256|fp8_four_parts"
+    "e4m3|256|fp8_four_parts_in_turn")
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")
