@@ -114,6 +114,8 @@ struct BackwardTile {
   int dq_registers = 0;  // setmaxnreg of a warpgroup for dQ = dS K; 0: the computing ones multiply it
   // The first part of dQ's sum is stored and not added, so that nobody needs to clear the sum before.
   bool store_first = false;
+  // The last key block to add to a part of dQ's sum also makes dQ of it, so that no launch needs to.
+  bool finish_inside = false;
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
@@ -127,6 +129,8 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"store_first", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, true},
     {"store_first", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, true},
     {"store_first", 256, 64, 64, 2, 1, 1, 24, 240, true, 0, true},
+    {"finish_inside", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, true, true},
+    {"finish_inside", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, true, true},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
@@ -134,11 +138,11 @@ constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles
 constexpr int backward_threads(BackwardTile const& t) { return (t.dq_registers ? 4 : 3) * 128; }
 
 // Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
-// chunk of dQ for each warpgroup, P if split, 1 KB to align them, barriers.
+// chunk of dQ for each warpgroup, P if split, a sum to finish, 1 KB to align them, barriers.
 constexpr int backward_shared_memory(BackwardTile const& t) {
   int const chunk = 64 * 64 * 4, blocks = t.q_stages + t.do_stages;
   return 4 * t.block_n * t.head_dim + 2 * blocks * t.block_m * t.head_dim + 4 * blocks * t.block_m +
-         2 * t.ds_stages * t.block_m * t.block_n + (t.split ? 3 : 2) * chunk + 1024 + 512;
+         2 * t.ds_stages * t.block_m * t.block_n + (2 + t.split + t.finish_inside) * chunk + 1024 + 512;
 }
 
 // As forward_tile_index, of kBackwardTiles.
