@@ -78,15 +78,39 @@ __device__ __forceinline__ void wait_added() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// One thread: tells the finishing warp which sum is complete, -1: that there will be no more from here.
+// One thread: has a half of a complete chunk brought to shared memory for the finishing warp; head -1: tells
+// it that no more will come from here.
 // NOTE: tickets of several adding warps are consecutive, so no two of them wait for the same slot.
 template <class Traits>
-__device__ __forceinline__ void post(typename Traits::SharedStorage& shared, int sum) {
-  uint32_t const ticket = atomicAdd(&shared.mails, 1u);
-  uint32_t const slot = ticket % kMailSlots;
-  EmptyBarrier::wait(&shared.mail_empty[slot], ~(ticket / kMailSlots) & 1);
-  shared.mail[slot] = sum;
-  EmptyBarrier::arrive(&shared.mail_full[slot]);
+__device__ __forceinline__ void fetch_half(typename Traits::SharedStorage& shared, float const* sum, int head,
+                                           int row, int column) {
+  uint32_t const ticket = atomicAdd(&shared.tickets, 1u);
+  uint32_t const slot = ticket % kSumSlots;
+  EmptyBarrier::wait(&shared.sum_empty[slot], ~(ticket / kSumSlots) & 1);
+  shared.half_of[slot] = {head, row, column};
+  if (head < 0) return EmptyBarrier::arrive(&shared.sum_full[slot]);
+  FullBarrier::arrive_and_expect_tx(&shared.sum_full[slot], sizeof(shared.sum[0]));
+  SM90_BULK_COPY_G2S::copy(sum, &shared.sum_full[slot], shared.sum[slot], sizeof(shared.sum[0]));
+}
+
+// One thread: counts this key block's part of a warpgroup's sum; after the last one dQ can be made of it.
+template <class Traits>
+__device__ __forceinline__ void count_and_fetch(BackwardArguments const& args,
+                                                typename Traits::SharedStorage& shared, int* sum, int block,
+                                                int warpgroup) {
+  int const head_batch = block / args.m_blocks, m_block = block - head_batch * args.m_blocks;
+  int const parts = dq_parts(m_block, args.n_blocks, args.seqlen_q, args.seqlen_k, Traits::kBlockM,
+                             Traits::kBlockN, args.causal);
+  if (!count_part(sum, args.turns ? 0 : kBeingStored, parts)) return;
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  CUTE_NO_UNROLL
+  for (int i = 0; i < 2 * Traits::kWarpgroupChunks; ++i) {
+    int const half = 2 * Traits::kWarpgroupChunks * warpgroup + i, chunk = half / 2;
+    fetch_half<Traits>(shared, args.dq_sum + (int64_t(block) * Traits::kChunks * 2 + half) * (kChunk / 2),
+                       head_batch - shared.tile.batch * args.heads_q,
+                       m_block * Traits::kBlockM + chunk / Traits::kSlabs * 64,
+                       chunk % Traits::kSlabs * 64 + half % 2 * 32);
+  }
 }
 
 // One thread: takes the chunks of dQ that a warpgroup leaves in shared memory and adds them to the sum, or
@@ -101,12 +125,7 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
   constexpr bool kStoreFirst = Traits::kTile.store_first, kFinish = Traits::kTile.finish_inside;
   auto const turn = [&](int block) { return args.turns + (block * Traits::kWarpgroups + warpgroup); };
   auto const sum = [&](int block) { return args.stored + (block * Traits::kWarpgroups + warpgroup); };
-  auto const count = [&](int block) {
-    int const parts = dq_parts(block % args.m_blocks, args.n_blocks, args.seqlen_q, args.seqlen_k,
-                               Traits::kBlockM, Traits::kBlockN, args.causal);
-    if (count_part(sum(block), args.turns ? 0 : kBeingStored, parts))
-      post<Traits>(shared, block * Traits::kWarpgroups + warpgroup);
-  };
+  auto const count = [&](int block) { count_and_fetch<Traits>(args, shared, sum(block), block, warpgroup); };
   tile.for_each_step(args, [&](int head, int m_block) {
     int const block = (tile.batch * args.heads_q + head) * args.m_blocks + m_block;
     bool first = false;
@@ -162,81 +181,50 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
   wait_added<0>();
   if constexpr (kFinish) {
     if (before >= 0) count(before);
-    post<Traits>(shared, -1);
+    fetch_half<Traits>(shared, nullptr, -1, 0, 0);
   } else if (before >= 0) {
     pass_turn(turn(before));
   }
 }
 
-// One warp: a chunk of dQ = softmax_scale times its sum, which lies in shared memory.
-template <class Traits>
-__device__ __forceinline__ void store_sum(BackwardArguments const& args, int chunk, float const* sum) {
-  using Element = typename Traits::Element;
-  int const block = chunk / Traits::kChunks, head_batch = block / args.m_blocks;
-  int const in_block = chunk % Traits::kChunks, lane = threadIdx.x % 32;
-  int row =
-      (block - head_batch * args.m_blocks) * Traits::kBlockM + in_block / Traits::kSlabs * 64 + lane / 4;
-  uint16_t* out = args.dq.row(head_batch / args.heads_q, head_batch % args.heads_q, row);
-  float4 const* from = reinterpret_cast<float4 const*>(sum) + lane;
-  // NOTE: not unrolled for want of registers.
-  CUTE_NO_UNROLL
-  for (int warp = 0; warp < 4; ++warp) {  // that had made these 16 rows
-    CUTE_NO_UNROLL
-    for (int octet = 0; octet < 8; octet += 4) {
-      uint32_t words[2][4];
-      CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        float4 const four = from[(octet + j) * 128];
-        words[0][j] = round_pair<Element>(four.x * args.softmax_scale, four.y * args.softmax_scale);
-        words[1][j] = round_pair<Element>(four.z * args.softmax_scale, four.w * args.softmax_scale);
-      }
-      int const column = in_block % Traits::kSlabs * 64 + 8 * (octet + lane % 4);
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        quad_transpose(words[r]);
-        if (row + 8 * r < args.seqlen_q && column < args.head_dim)
-          *reinterpret_cast<uint4*>(out + 8 * r * args.dq.row_stride + column) =
-              make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]);
-      }
-    }
-    row += 16;
-    out += 16 * args.dq.row_stride;
-    from += 32;
-  }
-}
-
-// One warp: makes dQ of every sum that is complete, chunk by chunk through shared memory.
+// One warp: dQ = softmax_scale times its sum, of 64 rows and 32 columns at a time.
 template <class Traits>
 __device__ __forceinline__ void finish_sums(BackwardArguments const& args,
                                             typename Traits::SharedStorage& shared) {
-  constexpr uint32_t kChunkBytes = kChunk * sizeof(float);
-  RingCursor<kMailSlots> mail;
-  uint32_t phase = 0;
-  for (int adding = Traits::kWarpgroups; adding > 0;) {
-    FullBarrier::wait(&shared.mail_full[mail.slot], mail.phase);
-    int const sum = shared.mail[mail.slot];
-    arrive_warp(shared.mail_empty[mail.slot]);
-    mail.advance();
-    if (sum < 0) {
-      --adding;
-      continue;
-    }
-    CUTE_NO_UNROLL
-    for (int i = 0; i < Traits::kWarpgroupChunks; ++i) {
-      int const chunk = sum * Traits::kWarpgroupChunks + i;
-      if (elect_one_sync()) {
-        // NOTE: the additions went through the asynchronous proxy, and so does the copy.
-        asm volatile("fence.proxy.async.global;" ::: "memory");
-        FullBarrier::arrive_and_expect_tx(&shared.sum_full, kChunkBytes);
-        SM90_BULK_COPY_G2S::copy(args.dq_sum + int64_t(chunk) * kChunk, &shared.sum_full, shared.sum,
-                                 kChunkBytes);
+  using Element = typename Traits::Element;
+  RingCursor<kSumSlots> ring;
+  int const lane = threadIdx.x % 32;
+  for (int adding = Traits::kWarpgroups; adding > 0; ring.advance()) {
+    FullBarrier::wait(&shared.sum_full[ring.slot], ring.phase);
+    HalfChunk const half = shared.half_of[ring.slot];
+    if (half.head >= 0) {
+      auto const* from = reinterpret_cast<float4 const*>(shared.sum[ring.slot]) + lane;
+      int rows = args.seqlen_q - (half.row + lane / 4);  // that exist from this thread's first one on
+      int const octets = (args.head_dim - half.column) / 8;
+      uint16_t* out[2];
+      out[0] = args.dq.row(shared.tile.batch, half.head, half.row + lane / 4) + half.column + 2 * (lane % 4);
+      out[1] = out[0] + 8 * args.dq.row_stride;
+      // NOTE: not unrolled for want of registers; and without a transpose across the quad, which would be
+      // most of the instructions here: two stores of 4 bytes a lane fill a sector of L2.
+      CUTE_NO_UNROLL
+      for (int warp = 0; warp < 4; ++warp) {  // that made these 16 rows
+        CUTE_UNROLL
+        for (int octet = 0; octet < 4; ++octet) {
+          float4 const four = from[octet * 128];
+          uint32_t const words[2] = {
+              round_pair<Element>(four.x * args.softmax_scale, four.y * args.softmax_scale),
+              round_pair<Element>(four.z * args.softmax_scale, four.w * args.softmax_scale)};
+          CUTE_UNROLL
+          for (int r = 0; r < 2; ++r)
+            if (8 * r < rows && octet < octets) *reinterpret_cast<uint32_t*>(out[r] + 8 * octet) = words[r];
+        }
+        rows -= 16, from += 32;
+        out[0] += 16 * args.dq.row_stride, out[1] += 16 * args.dq.row_stride;
       }
-      __syncwarp();
-      FullBarrier::wait(&shared.sum_full, phase);
-      phase ^= 1;
-      store_sum<Traits>(args, chunk, shared.sum);
-      __syncwarp();  // all lanes have read
+    } else {
+      --adding;
     }
+    arrive_warp(shared.sum_empty[ring.slot]);
   }
 }
 

@@ -36,12 +36,11 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     EmptyBarrier::init(&shared.dq_empty[wg], 1);
   }
   if constexpr (Traits::kTile.finish_inside) {
-    FullBarrier::init(&shared.sum_full, 1);
-    for (int i = 0; i < kMailSlots; ++i) {
-      EmptyBarrier::init(&shared.mail_full[i], 1);
-      EmptyBarrier::init(&shared.mail_empty[i], 1);
+    for (int i = 0; i < kSumSlots; ++i) {
+      FullBarrier::init(&shared.sum_full[i], 1);
+      EmptyBarrier::init(&shared.sum_empty[i], 1);
     }
-    shared.mails = 0;
+    shared.tickets = 0;
   }
   EmptyBarrier::init(&shared.p_full, kWarps);
   EmptyBarrier::init(&shared.p_empty, kWarps);

@@ -137,12 +137,16 @@ constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles
 // One loading and two computing warpgroups, and the one for dQ.
 constexpr int backward_threads(BackwardTile const& t) { return (t.dq_registers ? 4 : 3) * 128; }
 
+// Half chunks of complete sums in shared memory at a time, where dQ is finished inside.
+constexpr int kBackwardSumSlots = 3;
+
 // Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
-// chunk of dQ for each warpgroup, P if split, a sum to finish, 1 KB to align them, barriers.
+// chunk of dQ for each warpgroup, P if split, sums to finish, 1 KB to align them, barriers.
 constexpr int backward_shared_memory(BackwardTile const& t) {
   int const chunk = 64 * 64 * 4, blocks = t.q_stages + t.do_stages;
   return 4 * t.block_n * t.head_dim + 2 * blocks * t.block_m * t.head_dim + 4 * blocks * t.block_m +
-         2 * t.ds_stages * t.block_m * t.block_n + (2 + t.split + t.finish_inside) * chunk + 1024 + 512;
+         2 * t.ds_stages * t.block_m * t.block_n + (t.split ? 3 : 2) * chunk +
+         (t.finish_inside ? kBackwardSumSlots * chunk / 2 : 0) + 1024 + 512;
 }
 
 // As forward_tile_index, of kBackwardTiles.
