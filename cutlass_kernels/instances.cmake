@@ -54,4 +54,6 @@ set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES
     "bf16|64|no_dq_warpgroup"
     "bf16|64|store_first"
     "bf16|128|store_first"
-    "bf16|256|store_first")
+    "bf16|256|store_first"
+    "bf16|64|finish_inside"
+    "bf16|128|finish_inside")

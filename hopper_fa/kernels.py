@@ -41,6 +41,7 @@ block_range = _C.block_range
 tile_order = _C.tile_order
 choose_warpgroups = _C.choose_warpgroups
 query_walk = _C.query_walk
+dq_parts = _C.dq_parts
 
 _STATUS_OK = _C.STATUS_OK
 STATUS_SENTENCES = {

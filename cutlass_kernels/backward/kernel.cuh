@@ -1,7 +1,8 @@
-// The backward's main kernel: warp roles and barriers. A CTA a key block; loader.cuh and the mainloops are
-// its two sides.
+// The backward's main kernel: warp roles and barriers. A CTA a key block; loader.cuh, the mainloops and
+// dq_sum.cuh are its parts.
 //
 //   warpgroup 0, warp 0        TMA: K and V once, Q and dO block by block
+//   warpgroup 0, warp 1        makes dQ of complete sums, if the tile says so
 //   warpgroup 0, warps 2, 3    add warpgroup 1's and 2's part of dQ to global memory
 //   warpgroups 1, 2            the products
 //   warpgroup 3                dQ, where there is one
@@ -9,6 +10,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "backward/dq_sum.cuh"
 #include "backward/loader.cuh"
 #include "backward/mainloop_dq.cuh"
 #include "backward/mainloop_keys.cuh"
@@ -32,6 +34,13 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
   for (int wg = 0; wg < Traits::kWarpgroups; ++wg) {
     EmptyBarrier::init(&shared.dq_full[wg], kWarps);
     EmptyBarrier::init(&shared.dq_empty[wg], 1);
+  }
+  if constexpr (Traits::kTile.finish_inside) {
+    for (int i = 0; i < kSumSlots; ++i) {
+      FullBarrier::init(&shared.sum_full[i], 1);
+      EmptyBarrier::init(&shared.sum_empty[i], 1);
+    }
+    shared.tickets = 0;
   }
   EmptyBarrier::init(&shared.p_full, kWarps);
   EmptyBarrier::init(&shared.p_empty, kWarps);
@@ -62,6 +71,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
     if (warp == 0) load_blocks<Traits>(args, shared);
+    if constexpr (Traits::kTile.finish_inside)
+      if (warp == 1) finish_sums<Traits>(args, shared);
     if (warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
   } else if (Traits::kDqApart && warp >= 12) {
     if constexpr (Traits::kDqApart) {

@@ -68,7 +68,8 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   if (args.scheduler.num_tiles > 0)
     backward_kernel<Traits>
         <<<args.scheduler.num_tiles, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
-  if (row_blocks > 0) finish_dq<Traits><<<unsigned(row_blocks * Traits::kChunks), 128, 0, stream>>>(args);
+  if constexpr (!Traits::kTile.finish_inside)
+    if (row_blocks > 0) finish_dq<Traits><<<unsigned(row_blocks * Traits::kChunks), 128, 0, stream>>>(args);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchError;
 }
 

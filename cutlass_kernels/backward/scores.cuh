@@ -118,10 +118,4 @@ __device__ __forceinline__ void put_chunk(Chunk const& x, float* to) {
         make_float4(x(4 * octet), x(4 * octet + 1), x(4 * octet + 2), x(4 * octet + 3));
 }
 
-// A warp is done with something.
-__device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&barrier);
-}
-
 }  // namespace hopper_fa

@@ -21,6 +21,12 @@ struct RingCursor {
   }
 };
 
+// A warp is done with something.
+__device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&barrier);
+}
+
 // Turn-taking of the computing warpgroups on the tensor cores: one named barrier a warpgroup, 128 threads
 // wait on it and the 128 of the warpgroup before arrive on it.
 struct Baton {

@@ -118,6 +118,8 @@ struct BackwardTile {
   int dq_registers = 0;  // setmaxnreg of a warpgroup for dQ = dS K; 0: the computing ones multiply it
   // The first part of dQ's sum is stored and not added, so that nobody needs to clear the sum before.
   bool store_first = false;
+  // The last key block to add to a part of dQ's sum also makes dQ of it, so that no launch needs to.
+  bool finish_inside = false;
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
@@ -131,18 +133,24 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"store_first", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, true},
     {"store_first", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, true},
     {"store_first", 256, 64, 64, 2, 1, 1, 24, 240, true, 0, true},
+    {"finish_inside", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, true, true},
+    {"finish_inside", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, true, true},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
 // One loading and two computing warpgroups, and the one for dQ.
 constexpr int backward_threads(BackwardTile const& t) { return (t.dq_registers ? 4 : 3) * 128; }
 
+// Half chunks of complete sums in shared memory at a time, where dQ is finished inside.
+constexpr int kBackwardSumSlots = 3;
+
 // Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
-// chunk of dQ for each warpgroup, P if split, 1 KB to align them, barriers.
+// chunk of dQ for each warpgroup, P if split, sums to finish, 1 KB to align them, barriers.
 constexpr int backward_shared_memory(BackwardTile const& t) {
   int const chunk = 64 * 64 * 4, blocks = t.q_stages + t.do_stages;
   return 4 * t.block_n * t.head_dim + 2 * blocks * t.block_m * t.head_dim + 4 * blocks * t.block_m +
-         2 * t.ds_stages * t.block_m * t.block_n + (t.split ? 3 : 2) * chunk + 1024 + 512;
+         2 * t.ds_stages * t.block_m * t.block_n + (t.split ? 3 : 2) * chunk +
+         (t.finish_inside ? kBackwardSumSlots * chunk / 2 : 0) + 1024 + 512;
 }
 
 // As forward_tile_index, of kBackwardTiles.
