@@ -33,9 +33,18 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "e4m3|64|fp8_no_ping_pong"
     "e4m3|128|fp8_no_ping_pong"
     "e4m3|256|fp8_two_parts"
-    "e4m3|256|fp8_four_parts"
-    "int8|256|fp8_four_parts"
-    "e4m3|256|fp8_four_parts_in_turn")
+    "e4m3|64|fp8_lean"
+    "e4m3|128|fp8_lean"
+    "e4m3|256|fp8_lean"
+    "int8|64|fp8_lean"
+    "int8|128|fp8_lean"
+    "int8|256|fp8_lean"
+    "e4m3|64|fp8_lean_no_ping_pong"
+    "e4m3|128|fp8_lean_no_ping_pong"
+    "e4m3|128|fp8_lean_halves"
+    "e4m3|128|fp8_lean_two_parts"
+    "e4m3|256|fp8_lean_ping_pong"
+    "e4m3|256|fp8_four_parts")
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")

@@ -12,6 +12,18 @@ __device__ __forceinline__ float exp2_sfu(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_sfu(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_sfu(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Cody-Waite: 2^x = 2^n 2^r with n = round(x), 2^r by a cubic. 2^-126 and less become a denormal.
 // NOTE: so a masked score keeps a weight of 1e-38. NaN in gives a large number out; the softmax catches NaN
 // in the row maximum instead.

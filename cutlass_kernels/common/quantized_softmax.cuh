@@ -88,14 +88,17 @@ struct QuantizedSoftmax {
   }
 
   // row_sum: of the rounded P. As OnlineSoftmax::finish.
+  // kApproximate: by the special-function unit, a unit in FP32's last place off.
+  template <bool kApproximate>
   __device__ __forceinline__ void finish(float const (&row_sum)[2], float p_offset, float (&factor)[2],
                                          float (&lse)[2]) const {
     constexpr float kLn2 = 0.693147180559945309f;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       bool const empty = row_max[r] == -INFINITY;
-      factor[r] = empty ? 0.f : 1.f / row_sum[r];
-      lse[r] = empty ? -INFINITY : kLn2 * (row_max[r] - p_offset + log2f(row_sum[r]));
+      auto const log2_sum = [&] { return kApproximate ? log2_sfu(row_sum[r]) : log2f(row_sum[r]); };
+      factor[r] = empty ? 0.f : kApproximate ? reciprocal_sfu(row_sum[r]) : 1.f / row_sum[r];
+      lse[r] = empty ? -INFINITY : kLn2 * (row_max[r] - p_offset + log2_sum());
     }
   }
 

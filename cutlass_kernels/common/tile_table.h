@@ -28,7 +28,8 @@ struct ForwardTile {
   int pv_parts = 0;
   bool tma_store = false;  // the output leaves through the tile's Q stage and TMA
   int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
-  int qk_parts = 1;  // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
+  int qk_parts = 1;   // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
+  bool lean = false;  // 8-bit only: less to do and to wait for between one tile's last product and the next's
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -63,9 +64,20 @@ constexpr ForwardTile kForwardTiles[] = {
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8_two_parts", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
     // Not timed yet.
+    {"fp8_lean", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
+    {"fp8_lean", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2, 1, true},
+    {"fp8_lean", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2, 1, true},
+    {"fp8_lean_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1,
+     2, true},
+    {"fp8_lean_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2,
+     1, true},
+    {"fp8_lean_halves", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2, 2,
+     true},
+    {"fp8_lean_two_parts", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 2, false, 2,
+     1, true},
+    {"fp8_lean_ping_pong", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2,
+     1, true},
     {"fp8_four_parts", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8_four_parts_in_turn", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false,
-     2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
@@ -98,10 +110,13 @@ constexpr int forward_affine_bytes(ForwardTile const& t) {
   return t.element_bytes == 1 ? (t.q_stages + 1) * (t.block_m / 64) * t.head_dim * 8 : 0;
 }
 
+// 8 bit, lean: bytes of the scales of a tile's rows.
+constexpr int forward_scale_bytes(ForwardTile const& t) { return t.lean ? t.q_stages * t.block_m * 4 : 0; }
+
 // Shared memory of a CTA in bytes: Q, the K/V ring, V's dequantisation, 1 KB to align them, barriers.
 constexpr int forward_shared_memory(ForwardTile const& t) {
   return t.q_stages * t.block_m * t.head_dim * t.element_bytes + t.kv_stages * forward_slot_bytes(t) +
-         forward_affine_bytes(t) + 1024 + 512;
+         forward_affine_bytes(t) + forward_scale_bytes(t) + 1024 + 512;
 }
 
 struct BackwardTile {

@@ -12,8 +12,9 @@ struct OutputRows {
   float* lse;
   int exist;  // 0, 1 or 2 of them are inside the sequence
 
-  __device__ __forceinline__ OutputRows(ForwardArguments const& args, Tile const& tile, int first_row) {
-    int const row = first_row + row_in_tile();
+  __device__ __forceinline__ OutputRows(ForwardArguments const& args, Tile const& tile, int first_row,
+                                        int in_tile = row_in_tile()) {
+    int const row = first_row + in_tile;
     out = static_cast<uint16_t*>(args.out) + tile.batch * args.out_batch_stride +
           tile.head * args.out_head_stride + row * args.out_row_stride;
     lse = args.lse + static_cast<int64_t>(tile.batch * args.scheduler.heads_q + tile.head) * args.seqlen_q +
@@ -114,6 +115,64 @@ __device__ __forceinline__ void store_dequantised(ForwardArguments const& args, 
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r)
     if (r < rows.exist && threadIdx.x % 4 == 0) rows.lse[8 * r] = lse[r] + shift.of_row[r];
+}
+
+// Two neighbouring floats of shared memory.
+__device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
+  return pair;
+}
+
+// The same in fewer instructions: one output dtype, `affine` by LDS and once for two rows, and zeros written
+// over what a row gets that saw no key.
+template <class Traits, class Out, class Output>
+__device__ __forceinline__ void store_dequantised_lean(ForwardArguments const& args, Tile const& tile,
+                                                       int first_row, Output const& output,
+                                                       float const (&factor)[2], float const (&lse)[2],
+                                                       float const (&affine)[2][Traits::kHeadDim]) {
+  OutputRows const rows(args, tile, first_row, fresh_row_in_tile());
+  // NOTE: loaded here and used at the end only; as LseShift has it, everything would wait for it.
+  float shift[2] = {0, 0};
+  if (args.fp8.lse_shift) {
+    float const* const of_row = args.fp8.lse_shift + (rows.lse - args.lse);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r)
+      if (r < rows.exist) asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(shift[r]) : "l"(of_row + 8 * r));
+  }
+  int const lane = threadIdx.x % 4;
+  uint32_t const columns = cast_smem_ptr_to_uint(&affine[0][0]) + 8 * lane;
+  CUTE_UNROLL
+  for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
+    float2 scale[4], mean[4];
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      scale[j] = load_shared_pair(columns + 32 * (octet + j));
+      mean[j] = load_shared_pair(columns + 32 * (octet + j) + 4 * Traits::kHeadDim);
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      uint32_t words[4];
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        int const i = 4 * (octet + j) + 2 * r;
+        words[j] = round_pair<Out>(fmaf(output(i) * factor[r], scale[j].x, mean[j].x),
+                                   fmaf(output(i + 1) * factor[r], scale[j].y, mean[j].y));
+      }
+      quad_transpose(words);
+      int const column = 8 * (octet + lane);
+      if (r < rows.exist && column < args.head_dim)
+        *reinterpret_cast<uint4*>(rows.out + 8 * r * args.out_row_stride + column) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+  for (int r = 0; r < rows.exist; ++r) {
+    // A row that saw no key: so far V's mean.
+    if (lse[r] == -INFINITY)
+      for (int column = 8 * lane; column < args.head_dim; column += 32)
+        *reinterpret_cast<uint4*>(rows.out + 8 * r * args.out_row_stride + column) = make_uint4(0, 0, 0, 0);
+    if (lane == 0) rows.lse[8 * r] = lse[r] + args.softmax_scale * shift[r];
+  }
 }
 
 // The same for rows that see no key: zeros and -inf.

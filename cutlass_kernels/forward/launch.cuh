@@ -78,6 +78,14 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   args.causal = p.causal;
   args.fp8 = p.fp8;
   args.softmax_scale = p.softmax_scale;
+  if constexpr (Traits::kTile.lean) {
+    int& shift = args.q_group_shift = 0;
+    if (p.fp8.q_group_rows >= p.seqlen_q)
+      shift = 31;
+    else
+      while (1 << shift < p.fp8.q_group_rows) ++shift;
+    if (shift < 31 && 1 << shift != p.fp8.q_group_rows) return Status::kInvalidArgument;
+  }
 
   cudaLaunchConfig_t config = {};
   config.blockDim = Traits::kThreads;

@@ -43,6 +43,7 @@ class Loader {
     for (int wg = 0; wg < args_.warpgroups; ++wg) {
       uint64_t& full = shared_.q_full[q_ring_.slot][wg];
       EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
+      if constexpr (Traits::kTile.lean) copy_scales(tile, row + 64 * wg, wg);
       if (elect_one_sync()) {
         uint32_t const affine_bytes = Traits::kFp8 ? args_.head_dim * sizeof(float) : 0;
         FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]) + 2 * affine_bytes);
@@ -84,6 +85,20 @@ class Loader {
 
  private:
   using Element = typename Traits::Element;
+
+  // What a warpgroup dequantises scores with. Here, where nobody waits for the loads.
+  __device__ __forceinline__ void copy_scales(Tile const& tile, int first_row, int wg) {
+    ScaleRef const &q_scale = args_.fp8.q_scale, &k_scale = args_.fp8.k_scale;
+    float const* const of_head =
+        q_scale.data + (tile.batch * q_scale.batch_stride + tile.head * q_scale.head_stride);
+    for (int row = threadIdx.x % 32; row < 64; row += 32) {
+      int const group = min(first_row + row, args_.seqlen_q - 1) >> args_.q_group_shift;
+      shared_.q_scales[q_ring_.slot][wg][row] = __ldg(of_head + group * q_scale.group_stride);
+    }
+    shared_.k_scales[q_ring_.slot][wg] =
+        tile.batch * k_scale.batch_stride + first_.head * k_scale.head_stride;
+    __syncwarp();  // the lane that arrives speaks for all
+  }
 
   __device__ __forceinline__ void load_k(Block const& block) {
     fill_slot(Traits::kBlockN * Traits::kHeadDim * sizeof(Element), [&](uint64_t& full, uint8_t* slot) {

@@ -28,6 +28,7 @@ class Fp8Mainloop {
   static constexpr int kQKParts = kTile.qk_parts;
   static constexpr int kHalf = kBlockN / kQKParts;
   static constexpr int kInFlight = kTile.pv_in_flight;
+  static constexpr bool kLean = kTile.lean;
   using Score = typename Traits::Score;
   using Softmax = QuantizedSoftmax<Score>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
@@ -85,13 +86,20 @@ class Fp8Mainloop {
       store_empty<Traits>(args_, tile, row);
       return;
     }
-    softmax_ = make_softmax(tile);
+    if constexpr (kLean) {
+      softmax_ = Softmax{};
+      // NOTE: through a shuffle, so that the compiler knows that all lanes have the same.
+      k_scales_ = __shfl_sync(~0u, shared_.k_scales[q_ring_.slot][warpgroup_], 0);
+    } else {
+      softmax_ = make_softmax(tile);
+    }
     clear(output_);
     row_sum_[0] = row_sum_[1] = 0;
     baton_.take_immediate();
 #pragma unroll 1
     for (int n = range.end - 1; n >= 0; --n) {
-      float const block_scale = k_scale(n);
+      float block_scale = k_scale(n);
+      if constexpr (kLean) read_q_scales();
       Scores s;
       int best[2];
       wait_block();
@@ -103,6 +111,11 @@ class Fp8Mainloop {
       baton_.pass();
       finish_half<0, kQKParts - 1>(s, best);
       if constexpr (kQKParts == 2) finish_half<1, 0>(s, best);
+      if constexpr (kLean) {
+        // NOTE: here and not before the product, where this would wait for the loads of the scales.
+        asm volatile("" : "+f"(block_scale));
+        block_scale *= args_.scale_log2;
+      }
       release_slot(ring_.slot);
       ring_.advance();
       if (n == 0) release_q();
@@ -217,7 +230,8 @@ class Fp8Mainloop {
       for (int i = 0; i < size(s); ++i) s(i) = -s(i);
     }
     int const keys = args_.seqlen_k - n * kBlockN;
-    int const diagonal = first_row + row_in_tile() + 1 + (args_.seqlen_k - args_.seqlen_q) - n * kBlockN;
+    int const diagonal = first_row + (kLean ? fresh_row_in_tile() : row_in_tile()) + 1 +
+                         (args_.seqlen_k - args_.seqlen_q) - n * kBlockN;
     int const visible[2] = {args_.causal ? min(keys, diagonal) : keys,
                             args_.causal ? min(keys, diagonal + 8) : keys};
     if (masked) mask_scores(s, visible, Softmax::hidden());
@@ -233,13 +247,25 @@ class Fp8Mainloop {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r)
       row_sum[r] = kTwoLevels ? __shfl_sync(~0u, row_sum_[r], threadIdx.x % 32 & ~3) : quad_sum(row_sum_[r]);
-    softmax_.finish(row_sum, args_.fp8.p_offset, factor, lse);
+    softmax_.template finish<kLean>(row_sum, args_.fp8.p_offset, factor, lse);
     // NOTE: two ways to the same values; at d256 (one Q stage) registers are scarce, and d128 spills with the
     // first.
     constexpr bool kOneStage = Traits::kQStages == 1;
     int const slot = kOneStage ? q_ring_.phase ^ 1 : affine_ring_.slot;
-    store_dequantised<Traits>(args_, tile, kOneStage ? row : first_row(tile), output_, factor, lse,
-                              shared_.v_affine[slot][warpgroup_]);
+    if constexpr (kLean) {
+      auto const store = [&](auto element) {
+        store_dequantised_lean<Traits, decltype(element)>(args_, tile, kOneStage ? row : first_row(tile),
+                                                          output_, factor, lse,
+                                                          shared_.v_affine[slot][warpgroup_]);
+      };
+      if (args_.fp8.out_dtype == DType::kFP16)
+        store(cutlass::half_t{});
+      else
+        store(cutlass::bfloat16_t{});
+    } else {
+      store_dequantised<Traits>(args_, tile, kOneStage ? row : first_row(tile), output_, factor, lse,
+                                shared_.v_affine[slot][warpgroup_]);
+    }
     affine_ring_.advance();
   }
 
@@ -258,6 +284,16 @@ class Fp8Mainloop {
     k_scales_ =
         tile.batch * fp8.k_scale.batch_stride + tile.head / args_.q_heads_per_kv * fp8.k_scale.head_stride;
     return softmax;
+  }
+
+  // Those of Q's rows.
+  // NOTE: read for every block, for want of registers to hold them in.
+  __device__ __forceinline__ void read_q_scales() {
+    uint32_t const scales =
+        cast_smem_ptr_to_uint(shared_.q_scales[q_ring_.slot][warpgroup_]) + 4 * fresh_row_in_tile();
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r)
+      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(softmax_.row_scale[r]) : "r"(scales + 32 * r));
   }
 
   // Dequantisation factor of K block n. Loaded before a turn, needed after it.

@@ -30,6 +30,7 @@ struct ForwardArguments {
   TileScheduler scheduler;
   Fp8Params fp8;        // 8-bit inputs only
   float softmax_scale;  // 8-bit inputs only
+  int q_group_shift;    // 8-bit inputs only: log2 of the rows that share a scale of Q; 31: all
 };
 
 struct TmaStoreArguments : ForwardArguments {
@@ -61,7 +62,7 @@ struct ForwardTraits {
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
   static_assert(kStages >= 3);             // K of the next block, V of this one, and one to load
   static_assert(!kFp8 || kBlockN == 128);  // a row of transposed V is one swizzle atom wide
-  static_assert(kFp8 || kTile.pv_parts == 0);
+  static_assert(kFp8 || (kTile.pv_parts == 0 && !kTile.lean));
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
   // The next tile's Q lies beside this one's output.
   static_assert(!kTile.tma_store || (kTile.overlap && kQStages >= 2));
@@ -122,9 +123,12 @@ struct ForwardTraits {
     uint64_t q_full[kQStages][kWarpgroups], q_empty[kQStages][kWarpgroups];
     uint64_t kv_full[kStages], kv_empty[kStages];
     TileQueueStorage tiles;
+    // Lean: scales of the tile's rows, and where K's of its head start.
+    float q_scales[kTile.lean ? kQStages : 0][kWarpgroups][64];
+    int k_scales[kTile.lean ? kQStages : 0][kWarpgroups];
   };
   // 1023: the most that aligning the base can cost.
-  static_assert(offsetof(SharedStorage, tiles) + sizeof(TileQueueStorage) + 1023 <=
+  static_assert(offsetof(SharedStorage, k_scales) + sizeof(SharedStorage::k_scales) + 1023 <=
                 forward_shared_memory(kTile));
 };
 

@@ -44,7 +44,11 @@ both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "caus
 
 
 def run_poisoned(
-    qkv: QuantizedQKV, softmax_scale: float | None, causal: bool, out_dtype: torch.dtype = torch.bfloat16
+    qkv: QuantizedQKV,
+    softmax_scale: float | None,
+    causal: bool,
+    out_dtype: torch.dtype = torch.bfloat16,
+    variant: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel into outputs that are NaN and lie in NaN."""
     batch, seqlen_q, heads_q, _ = qkv.q.shape
@@ -54,19 +58,23 @@ def run_poisoned(
     out = in_nan(nan)
     lse = torch.full((batch, heads_q, seqlen_q), float("nan"), device=qkv.q.device)
     scale = qkv.head_dim**-0.5 if softmax_scale is None else softmax_scale
-    kernels.forward_fp8(qkv, out, lse, scale, causal)
+    kernels.forward_fp8(qkv, out, lse, scale, causal, variant)
     assert_surroundings_nan(out)
     return out, lse
 
 
 def assert_agrees(
-    qkv: QuantizedQKV, truth: torch.Tensor, softmax_scale: float | None = None, causal: bool = False
+    qkv: QuantizedQKV,
+    truth: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    variant: str | None = None,
 ) -> None:
     """Kernel and emulator differ by at most a twentieth of the kernel's error, and its output's rounding.
 
     truth: float64 attention of the unquantised tensors.
     """
-    out, lse = run_poisoned(qkv, softmax_scale, causal, torch.float16)
+    out, lse = run_poisoned(qkv, softmax_scale, causal, torch.float16, variant)
     # The tensor core's own sums: small differences flip roundings of P.
     emulated, emulated_lse = attention_fp8_emulated(
         qkv, softmax_scale, causal, torch.float16, accumulator="tensor_core"
@@ -108,6 +116,38 @@ def test_shared_cases(case: Case, recipe: str, seed: int) -> None:
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_hard_inputs(distribution: str, head_dim: int, causal: bool, recipe: str, seed: int) -> None:
     check(Case(2, 4, 2, 799, 1023, head_dim, causal), recipe, seed, distribution)
+
+
+# (batch, heads_q, heads_kv, seqlen_q, seqlen_k): the usual; one row; rows that see no key; a scale or none;
+# more tiles than multiprocessors.
+EXPERIMENT_CASES = [(2, 4, 2, 799, 1023, None), (1, 2, 1, 1, 130, None), (2, 4, 1, 700, 239, None)]
+EXPERIMENT_CASES += [(1, 2, 2, 300, 300, -0.3), (1, 2, 2, 300, 300, 0.0), (5, 12, 4, 1000, 1000, None)]
+
+
+@both_masks
+@pytest.mark.parametrize("sizes", EXPERIMENT_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("variant", "head_dim", "dtype"),
+    [
+        (row["variant"], row["head_dim"], dtype)
+        for row in kernels.FORWARD_TILES
+        for dtype in row["dtypes"]
+        if dtype in ("e4m3", "int8") and row["variant"] not in ("fp8", "fp8_raw")
+    ],
+)
+def test_experiment_variants(
+    variant: str, head_dim: int, dtype: str, sizes: tuple, causal: bool, seed: int
+) -> None:
+    case = Case(*sizes[:5], head_dim, causal, sizes[5])
+    q, k, v = case.qkv(torch.bfloat16, seed, "cuda")
+    truth, _ = attention_reference(q, k, v, case.softmax_scale, causal)
+    for recipe in ("default", "accurate", "per_head"):  # a scale of Q for 64 rows, for one, for all
+        qkv = quantize_qkv(q, k, v, replace(RECIPES[recipe], qk_dtype=dtype))
+        assert_agrees(qkv, truth, case.softmax_scale, causal, variant)
+        for out_dtype in (torch.bfloat16, torch.float16):
+            first = run_poisoned(qkv, case.softmax_scale, causal, out_dtype, variant)
+            again = run_poisoned(qkv, case.softmax_scale, causal, out_dtype, variant)
+            assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 @both_masks
