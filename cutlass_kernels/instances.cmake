@@ -44,6 +44,12 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "e4m3|128|fp8_lean_halves"
     "e4m3|128|fp8_lean_two_parts"
     "e4m3|256|fp8_lean_ping_pong"
+    "e4m3|64|fp8_keys"
+    "e4m3|128|fp8_keys"
+    "e4m3|256|fp8_keys"
+    "int8|64|fp8_keys"
+    "int8|128|fp8_keys"
+    "int8|256|fp8_keys"
     "e4m3|256|fp8_four_parts")
 
 # Quantisation, by input type.

@@ -18,6 +18,8 @@ except ImportError as error:
         "and start Python from another folder, where the bare sources do not hide the installed package"
     ) from error
 
+from hopper_fa.recipe import K_BLOCK
+
 if TYPE_CHECKING:
     from hopper_fa.quantization import QuantizedQKV
     from hopper_fa.recipe import Fp8Recipe
@@ -105,6 +107,7 @@ def _built_instances() -> dict[tuple[torch.dtype, int, str], tuple[int, int]]:
 
 _INSTANCES = _built_instances()
 HAS_FP8 = any(dtype in FP8_DTYPE_NAMES for dtype, _, _ in _INSTANCES)
+_HAS_FP8_KEYS = any(variant == "fp8_keys" for _, _, variant in _INSTANCES)
 
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle, another stream in every thread
@@ -268,11 +271,35 @@ def backward(
         raise RuntimeError(f"hopper_fa backward was not launched: {STATUS_SENTENCES[status]}.")
 
 
+def _has_key_vectors(recipe: Fp8Recipe) -> bool:
+    """Whether every key has a factor or an addend of its own."""
+    return recipe.k_granularity == "token" or recipe.smooth_q
+
+
+def key_vectors(qkv: QuantizedQKV) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the variant fp8_keys takes for the keys, in whole blocks of K_BLOCK.
+
+    Returns:
+        k_scale: (batch, heads_kv, blocks, K_BLOCK) float32, contiguous; 0 past the last key.
+        key_bias: (batch, heads_q, blocks, K_BLOCK); without smooth_q zeros of that shape in K_BLOCK floats.
+    """
+    padding = (0, -qkv.seqlen_k % K_BLOCK)
+    k_scale = torch.nn.functional.pad(qkv.k_scale_of_keys(), padding).unflatten(-1, (-1, K_BLOCK))
+    if qkv.key_bias is None:
+        bias = k_scale.new_zeros(K_BLOCK).expand(qkv.q.shape[0], qkv.q.shape[2], k_scale.shape[2], K_BLOCK)
+    else:
+        bias = torch.nn.functional.pad(qkv.key_bias, padding).unflatten(-1, (-1, K_BLOCK)).contiguous()
+    return k_scale.contiguous(), bias
+
+
 def fp8_variant(recipe: Fp8Recipe) -> str | None:
     """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
-    if recipe.rescale_threshold != 0 or recipe.k_granularity == "token" or recipe.smooth_q:
+    if recipe.rescale_threshold != 0:
         return None
-    if recipe.accumulation == 1 and recipe.row_sum == "product":
+    two_levels = recipe.accumulation == 1 and recipe.row_sum == "product"
+    if _has_key_vectors(recipe):
+        return "fp8_keys" if two_levels and _HAS_FP8_KEYS else None
+    if two_levels:
         return "fp8"
     if recipe.accumulation == 0 and recipe.row_sum == "fp32" and recipe.qk_dtype == "e4m3":
         return "fp8_raw"
@@ -283,8 +310,15 @@ def fp8_problem(recipe: Fp8Recipe) -> str | None:
     """What the FP8 kernels cannot do of a recipe, or None. The emulator can do all of it."""
     if fp8_variant(recipe) is not None:
         return None
-    if recipe.rescale_threshold != 0 or recipe.k_granularity == "token" or recipe.smooth_q:
-        return 'only rescale_threshold=0, no k_granularity="token" and no smooth_q'
+    if recipe.rescale_threshold != 0:
+        return "only rescale_threshold=0"
+    if _has_key_vectors(recipe):
+        if not _HAS_FP8_KEYS:
+            return (
+                'k_granularity="token" and smooth_q only in a build with -DHOPPER_FA_EXPERIMENTS=ON, whose '
+                "variant fp8_keys has not been run yet"
+            )
+        return 'k_granularity="token" and smooth_q only with accumulation=1 and row_sum="product"'
     return (
         'only accumulation=1 with row_sum="product", or with qk_dtype="e4m3" accumulation=0 with '
         'row_sum="fp32"'
@@ -329,6 +363,12 @@ def forward_fp8(
     v_batch, v_head, v_row, _ = qkv.v.stride()
     out_batch, out_row, out_head, _ = out.stride()
     k_group = 1 if qkv.recipe.k_granularity == "block" else 0
+    k_scale, key_bias = (qkv.k_scale.data_ptr(), *qkv.k_scale.stride()[:2], k_group), (0, 0, 0, 0)
+    if variant == "fp8_keys":
+        # NOTE: named, so that they live until the launch.
+        scales, biases = key_vectors(qkv)
+        k_scale = (scales.data_ptr(), *scales.stride()[:3])
+        key_bias = (biases.data_ptr(), *biases.stride()[:3])
     stream = torch._C._cuda_getCurrentRawStream(index)
     # fmt: off
     status = _C.forward_fp8(
@@ -341,9 +381,9 @@ def forward_fp8(
         batch, qkv.seqlen_q, qkv.seqlen_k, heads_q, heads_kv, qkv.head_dim, softmax_scale, causal, stream,
         _C.DTYPES[DTYPE_NAMES[out.dtype]],
         (qkv.q_scale.data_ptr(), *qkv.q_scale.stride()), qkv.q_group_rows,
-        (qkv.k_scale.data_ptr(), *qkv.k_scale.stride()[:2], k_group),
+        k_scale,
         qkv.v_scale.data_ptr(), v_mean.data_ptr(),
-        0 if qkv.lse_shift is None else qkv.lse_shift.data_ptr(), qkv.recipe.p_offset,
+        0 if qkv.lse_shift is None else qkv.lse_shift.data_ptr(), qkv.recipe.p_offset, key_bias,
     )
     # fmt: on
     if status != _STATUS_OK:

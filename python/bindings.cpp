@@ -221,28 +221,30 @@ ScaleRef scale_ref(Scale const& s) {
 }
 
 // forward(..., stream) and forward_fp8(..., stream, out_dtype, q_scale, q_group_rows, k_scale, v_scale,
-// v_mean, lse_shift, p_offset), where ... are the arguments of forward_params. NOTE: positional and flat on
-// purpose: keyword arguments and structs cost microseconds a call.
+// v_mean, lse_shift, p_offset, key_bias), where ... are the arguments of forward_params. NOTE: positional and
+// flat on purpose: keyword arguments and structs cost microseconds a call.
 template <class... Args>
 void def_forward(py::module_& m, ForwardParams (*make)(Args...)) {
   auto const run = [](ForwardParams const& p, std::uintptr_t stream) {
     return static_cast<int>(run_forward(p, reinterpret_cast<CUstream_st*>(stream)));
   };
   m.def("forward", [=](Args... args, std::uintptr_t stream) { return run(make(args...), stream); });
-  m.def("forward_fp8", [=](Args... args, std::uintptr_t stream, int out_dtype, Scale const& q_scale,
-                           int q_group_rows, Scale const& k_scale, std::uintptr_t v_scale,
-                           std::uintptr_t v_mean, std::uintptr_t lse_shift, float p_offset) {
-    ForwardParams p = make(args...);
-    p.fp8.out_dtype = static_cast<DType>(out_dtype);
-    p.fp8.q_scale = scale_ref(q_scale);
-    p.fp8.k_scale = scale_ref(k_scale);
-    p.fp8.q_group_rows = q_group_rows;
-    p.fp8.v_scale = reinterpret_cast<float const*>(v_scale);
-    p.fp8.v_mean = reinterpret_cast<float const*>(v_mean);
-    p.fp8.lse_shift = reinterpret_cast<float const*>(lse_shift);
-    p.fp8.p_offset = p_offset;
-    return run(p, stream);
-  });
+  m.def("forward_fp8",
+        [=](Args... args, std::uintptr_t stream, int out_dtype, Scale const& q_scale, int q_group_rows,
+            Scale const& k_scale, std::uintptr_t v_scale, std::uintptr_t v_mean, std::uintptr_t lse_shift,
+            float p_offset, Scale const& key_bias) {
+          ForwardParams p = make(args...);
+          p.fp8.out_dtype = static_cast<DType>(out_dtype);
+          p.fp8.q_scale = scale_ref(q_scale);
+          p.fp8.k_scale = scale_ref(k_scale);
+          p.fp8.q_group_rows = q_group_rows;
+          p.fp8.v_scale = reinterpret_cast<float const*>(v_scale);
+          p.fp8.v_mean = reinterpret_cast<float const*>(v_mean);
+          p.fp8.lse_shift = reinterpret_cast<float const*>(lse_shift);
+          p.fp8.p_offset = p_offset;
+          p.key_bias = scale_ref(key_bias);
+          return run(p, stream);
+        });
 }
 
 template <class T>

@@ -30,6 +30,7 @@ struct ForwardTile {
   int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
   int qk_parts = 1;   // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
   bool lean = false;  // 8-bit only: less to do and to wait for between one tile's last product and the next's
+  bool key_vectors = false;  // 8-bit only: every key has a scale and a bias of its own
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -77,6 +78,12 @@ constexpr ForwardTile kForwardTiles[] = {
      1, true},
     {"fp8_lean_ping_pong", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2,
      1, true},
+    {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true,
+     true},
+    {"fp8_keys", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2, 1, true,
+     true},
+    {"fp8_keys", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2, 1, true,
+     true},
     {"fp8_four_parts", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
@@ -104,6 +111,9 @@ constexpr int forward_slot_bytes(ForwardTile const& t) {
   int const k = t.block_n * t.head_dim * t.element_bytes;
   return t.element_bytes == 1 ? t.block_n * forward_v_rows(t) : k;
 }
+
+// Bytes of a block's scales and biases of keys. They lie behind K in its slot, which has room for V.
+constexpr int forward_key_vector_bytes(ForwardTile const& t) { return t.key_vectors ? 2 * t.block_n * 4 : 0; }
 
 // 8 bit: bytes of v_scale and v_mean, for every warpgroup and one tile more than Q has stages.
 constexpr int forward_affine_bytes(ForwardTile const& t) {

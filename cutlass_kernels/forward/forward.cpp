@@ -32,6 +32,11 @@ bool misaligned(void const* data, int bytes) { return reinterpret_cast<uintptr_t
 
 bool misaligned(TensorRef const& t) { return misaligned(t.data, 16); }
 
+// Vectors of keys are copied 16 bytes at a time.
+bool misaligned(ScaleRef const& s) {
+  return misaligned(s.data, 16) || (s.batch_stride | s.head_stride | s.group_stride) % 4 != 0;
+}
+
 }  // namespace
 
 bool has_forward(DType dtype, int tile) { return find(dtype, tile) != nullptr; }
@@ -47,6 +52,9 @@ Status run_forward(ForwardParams const& p, CUstream_st* stream) {
       (misstrided(p.q) || !p.fp8.q_scale.data || p.fp8.q_group_rows < 1 || is_8bit(p.fp8.out_dtype) ||
        !p.fp8.v_scale || !p.fp8.v_mean || misaligned(p.fp8.v_scale, 16) || misaligned(p.fp8.v_mean, 16) ||
        (p.seqlen_k > 0 && (misstrided(p.k) || misstrided(p.v) || !p.fp8.k_scale.data))))
+    return Status::kInvalidArgument;
+  if (kForwardTiles[p.tile].key_vectors && p.seqlen_k > 0 &&
+      (!p.key_bias.data || misaligned(p.key_bias) || misaligned(p.fp8.k_scale)))
     return Status::kInvalidArgument;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return Status::kOk;
   Device const device = hopper_device();

@@ -78,6 +78,7 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   args.causal = p.causal;
   args.fp8 = p.fp8;
   args.softmax_scale = p.softmax_scale;
+  if constexpr (Traits::kTile.key_vectors) args.key_bias = p.key_bias;
   if constexpr (Traits::kTile.lean) {
     int& shift = args.q_group_shift = 0;
     if (p.fp8.q_group_rows >= p.seqlen_q)

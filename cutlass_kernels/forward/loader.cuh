@@ -16,7 +16,7 @@ template <class Traits>
 class Loader {
   using Shared = typename Traits::SharedStorage;
 
-  ForwardArguments const& args_;
+  typename Traits::Arguments const& args_;
   Shared& shared_;
   RingCursor<Traits::kStages> ring_;
   RingCursor<Traits::kQStages> q_ring_;
@@ -27,9 +27,10 @@ class Loader {
   };
   Block first_;     // of the tile's blocks, which are loaded last to first
   Block v_ = {-1};  // V block that follows the next K block; index -1: none
+  int query_head_;  // of the tile; with key_vectors
 
  public:
-  __device__ Loader(ForwardArguments const& args, Shared& shared) : args_(args), shared_(shared) {
+  __device__ Loader(typename Traits::Arguments const& args, Shared& shared) : args_(args), shared_(shared) {
     ring_.phase = q_ring_.phase = 1;
   }
 
@@ -40,6 +41,7 @@ class Loader {
     int const end = block_range(row, rows, args_.seqlen_q, args_.seqlen_k, args_.causal, Traits::kBlockN).end;
     if (end == 0) return 0;
     first_ = {end - 1, tile.head / args_.q_heads_per_kv, tile.batch};
+    if constexpr (Traits::kTile.key_vectors) query_head_ = tile.head;
     for (int wg = 0; wg < args_.warpgroups; ++wg) {
       uint64_t& full = shared_.q_full[q_ring_.slot][wg];
       EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
@@ -101,10 +103,23 @@ class Loader {
   }
 
   __device__ __forceinline__ void load_k(Block const& block) {
-    fill_slot(Traits::kBlockN * Traits::kHeadDim * sizeof(Element), [&](uint64_t& full, uint8_t* slot) {
+    fill_slot(Traits::kKBytes + Traits::kKeyVectorBytes, [&](uint64_t& full, uint8_t* slot) {
       copy_slabs(args_.k, full, reinterpret_cast<Element*>(slot), Traits::kBlockN,
                  block.index * Traits::kBlockN, block.head, block.batch, TMA::CacheHintSm90::EVICT_LAST);
+      if constexpr (Traits::kTile.key_vectors) {
+        constexpr int kBytes = Traits::kKeyVectorBytes / 2;
+        SM90_BULK_COPY_G2S::copy(key_vector(args_.fp8.k_scale, block, block.head), &full,
+                                 slot + Traits::kKBytes, kBytes);
+        SM90_BULK_COPY_G2S::copy(key_vector(args_.key_bias, block, query_head_), &full,
+                                 slot + Traits::kKBytes + kBytes, kBytes);
+      }
     });
+  }
+
+  static __device__ __forceinline__ float const* key_vector(ScaleRef const& of_blocks, Block const& block,
+                                                            int head) {
+    return of_blocks.data + (block.batch * of_blocks.batch_stride + head * of_blocks.head_stride +
+                             block.index * of_blocks.group_stride);
   }
 
   __device__ __forceinline__ void load_v(Block const& block) {

@@ -5,6 +5,8 @@
 //                      S = Q K^T of block n - 1                           (tensor cores)
 //   then:              P = softmax(S), beside the other warpgroups' turns
 //
+// Tiles with key_vectors take S to S k_scale q_scale + key_bias in FP32 first, with a scale and a bias a key.
+//
 // The tensor core keeps 13 bits of what it adds up, so its sums must be short: T starts from zero in every
 // block. Tiles without parts of P V add up in the tensor core all the same.
 #pragma once
@@ -28,9 +30,9 @@ class Fp8Mainloop {
   static constexpr int kQKParts = kTile.qk_parts;
   static constexpr int kHalf = kBlockN / kQKParts;
   static constexpr int kInFlight = kTile.pv_in_flight;
-  static constexpr bool kLean = kTile.lean;
+  static constexpr bool kLean = kTile.lean, kKeyVectors = kTile.key_vectors;
   using Score = typename Traits::Score;
-  using Softmax = QuantizedSoftmax<Score>;
+  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
   using Sums = decltype(make_tensor<float>(Int<Traits::kOutputColumns / 2>{}));
 
@@ -98,7 +100,7 @@ class Fp8Mainloop {
     baton_.take_immediate();
 #pragma unroll 1
     for (int n = range.end - 1; n >= 0; --n) {
-      float block_scale = k_scale(n);
+      float block_scale = kKeyVectors ? 1.f : k_scale(n);
       if constexpr (kLean) read_q_scales();
       Scores s;
       int best[2];
@@ -115,6 +117,10 @@ class Fp8Mainloop {
         // NOTE: here and not before the product, where this would wait for the loads of the scales.
         asm volatile("" : "+f"(block_scale));
         block_scale *= args_.scale_log2;
+        if constexpr (kKeyVectors) {
+          softmax_.row_scale[0] = softmax_.row_scale[1] = 1.f;  // it is in the scores
+          __syncwarp();                                         // all lanes have read their keys' vectors
+        }
       }
       release_slot(ring_.slot);
       ring_.advance();
@@ -122,9 +128,10 @@ class Fp8Mainloop {
       bool const masked = n >= range.unmasked;
       if (masked || args_.negate_scores) prepare_scores(s, best, n, row, masked);
       float alpha[2];
-      softmax_.template step<!kTwoLevels>(s, best, p_of(s), block_scale, args_.fp8.p_offset, alpha, row_sum_);
+      softmax_.template step<!kTwoLevels>(scores_of(s), best, floats_of(s), block_scale, args_.fp8.p_offset,
+                                          alpha, row_sum_);
       decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{})) p;  // 64 x kBlockN
-      round_probabilities<Traits>(p_of(s), p);
+      round_probabilities<Traits>(floats_of(s), p);
       // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
       // of the softmax moves below the baton, under which it would hold everybody up.
       warpgroup_fence_operand(p);
@@ -219,12 +226,35 @@ class Fp8Mainloop {
   __device__ __forceinline__ void finish_half(Scores& s, int (&best)[2]) {
     auto half = half_of<kIndex>(s);
     wait_product<kPending>(half);
-    Softmax::template follow<kIndex == 0>(half, best);
+    if constexpr (kKeyVectors) scale_keys<kIndex * kHalf>(half);
+    Softmax::template follow<kIndex == 0>(scores_of(half), best);
+  }
+
+  // S = S k_scale q_scale + key_bias in place, of the block's keys from kFirst on.
+  template <int kFirst, class Keys>
+  __device__ __forceinline__ void scale_keys(Keys& s) const {
+    uint32_t const vectors =
+        cast_smem_ptr_to_uint(shared_.kv[ring_.slot] + Traits::kKBytes) + threadIdx.x % 4 * 8;
+    auto scaled = floats_of(s);
+    CUTE_UNROLL
+    for (int octet = 0; octet < decltype(size(s))::value / 4; ++octet) {
+      uint32_t const keys = vectors + 4 * (kFirst + 8 * octet);
+      float2 const scale = load_shared_pair(keys),
+                   bias = load_shared_pair(keys + Traits::kKeyVectorBytes / 2);
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        int const i = 4 * octet + 2 * r;
+        float const q_scale = softmax_.row_scale[r];
+        scaled(i) = fmaf(static_cast<float>(s(i)) * scale.x, q_scale, bias.x);
+        scaled(i + 1) = fmaf(static_cast<float>(s(i + 1)) * scale.y, q_scale, bias.y);
+      }
+    }
   }
 
   // What most blocks do without: a negative softmax scale, the mask.
-  __device__ __forceinline__ void prepare_scores(Scores& s, int (&best)[2], int n, int first_row,
+  __device__ __forceinline__ void prepare_scores(Scores& products, int (&best)[2], int n, int first_row,
                                                  bool masked) const {
+    auto&& s = scores_of(products);
     if (args_.negate_scores) {
       CUTE_UNROLL
       for (int i = 0; i < size(s); ++i) s(i) = -s(i);
@@ -238,8 +268,17 @@ class Fp8Mainloop {
     Softmax::template follow<true>(s, best);
   }
 
-  static __device__ __forceinline__ auto p_of(Scores& s) {
+  // The registers of the products as floats: P, and with key_vectors the scores.
+  template <class Keys>
+  static __device__ __forceinline__ auto floats_of(Keys& s) {
     return make_tensor(reinterpret_cast<float*>(s.data()), s.layout());
+  }
+  template <class Keys>
+  static __device__ __forceinline__ decltype(auto) scores_of(Keys& s) {
+    if constexpr (kKeyVectors)
+      return floats_of(s);
+    else
+      return (s);
   }
 
   __device__ __forceinline__ void finish_tile(Tile const& tile, int row) {

@@ -37,6 +37,10 @@ struct TmaStoreArguments : ForwardArguments {
   CUtensorMap out_map;
 };
 
+struct KeyVectorArguments : ForwardArguments {
+  ScaleRef key_bias;
+};
+
 // Keys or columns of a swizzle atom that a block of `bytes` contiguous bytes a row is cut into.
 template <class Element, int kBytes>
 using KMajorAtom = std::conditional_t<kBytes % 128 == 0, GMMA::Layout_K_SW128_Atom<Element>,
@@ -49,7 +53,9 @@ struct ForwardTraits {
   using Element = typename ElementOf<kDType>::type;                           // of Q and K
   using ElementV = std::conditional_t<kFp8, cutlass::float_e4m3_t, Element>;  // of V and P
   static constexpr ForwardTile kTile = kForwardTiles[kTileIndex];
-  using Arguments = std::conditional_t<kTile.tma_store, TmaStoreArguments, ForwardArguments>;
+  using Arguments =
+      std::conditional_t<kTile.tma_store, TmaStoreArguments,
+                         std::conditional_t<kTile.key_vectors, KeyVectorArguments, ForwardArguments>>;
   static constexpr int kHeadDim = kTile.head_dim;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kQStages = kTile.q_stages;
@@ -64,6 +70,7 @@ struct ForwardTraits {
   static_assert(!kFp8 || kBlockN == 128);  // a row of transposed V is one swizzle atom wide
   static_assert(kFp8 || (kTile.pv_parts == 0 && !kTile.lean));
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
+  static_assert(!kTile.key_vectors || (kTile.lean && kTile.pv_parts > 0));
   // The next tile's Q lies beside this one's output.
   static_assert(!kTile.tma_store || (kTile.overlap && kQStages >= 2));
 
@@ -79,6 +86,11 @@ struct ForwardTraits {
   using AtomQK = KMajorAtom<Element, kHeadDim * sizeof(Element)>;
   using LayoutQ = decltype(tile_to_shape(AtomQK{}, Shape<_64, Int<kHeadDim>>{}));
   using LayoutK = decltype(tile_to_shape(AtomQK{}, Shape<Int<kBlockN>, Int<kHeadDim>>{}));
+
+  // A slot with K: the block, then the vectors of its keys, scales before biases.
+  static constexpr int kKBytes = kBlockN * kHeadDim * sizeof(Element);
+  static constexpr int kKeyVectorBytes = forward_key_vector_bytes(kTile);
+  static_assert(kKBytes + kKeyVectorBytes <= forward_slot_bytes(kTile));
 
   using Score = std::conditional_t<kDType == DType::kInt8, int32_t, float>;
   using MmaQK = decltype(make_tiled_mma(

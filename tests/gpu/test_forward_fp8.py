@@ -150,6 +150,41 @@ def test_experiment_variants(
             assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+KEY_RECIPES = {
+    "causal_safe": Fp8Recipe.causal_safe(),
+    "causal_safe_int8": replace(Fp8Recipe.causal_safe(), qk_dtype="int8"),
+    "smooth_q": replace(Fp8Recipe.default(), smooth_q=True),
+}
+needs_key_vectors = pytest.mark.skipif(
+    kernels.fp8_variant(Fp8Recipe.causal_safe()) is None, reason="fp8_keys is not built"
+)
+
+
+@needs_key_vectors
+@both_masks
+@every_instance
+@pytest.mark.parametrize("recipe", KEY_RECIPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_key_vectors(distribution: str, recipe: str, head_dim: int, causal: bool, seed: int) -> None:
+    for sizes in ((2, 4, 2, 799, 1023), (1, 2, 1, 300, 130)):
+        q, k, v = Case(*sizes, head_dim, causal).qkv(torch.bfloat16, seed, "cuda", distribution)
+        truth, _ = attention_reference(q, k, v, None, causal)
+        assert_agrees(quantize_qkv(q, k, v, KEY_RECIPES[recipe]), truth, None, causal)
+
+
+@needs_key_vectors
+@every_instance
+@pytest.mark.parametrize("position", [1, 77, 384])
+def test_causal_safe_hides_every_later_token(position: int, head_dim: int, seed: int) -> None:
+    q, k, v = Case(1, 2, 1, 700, 700, head_dim, True).qkv(torch.bfloat16, seed, "cuda")
+    changed = [t.clone() for t in (q, k, v)]
+    for t in changed:
+        t[:, position:] = 5 * torch.randn_like(t[:, position:])
+    out, _ = run_poisoned(quantize_qkv(q, k, v, Fp8Recipe.causal_safe()), None, True)
+    other, _ = run_poisoned(quantize_qkv(*changed, Fp8Recipe.causal_safe()), None, True)
+    assert torch.equal(out[:, :position], other[:, :position])
+
+
 @both_masks
 @every_instance
 def test_more_tiles_than_multiprocessors(head_dim: int, causal: bool, seed: int) -> None:

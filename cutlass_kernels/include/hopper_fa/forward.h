@@ -22,7 +22,8 @@ struct ScaleRef {
 struct Fp8Params {
   DType out_dtype;   // kBF16 or kFP16
   ScaleRef q_scale;  // groups of q_group_rows rows
-  ScaleRef k_scale;  // groups of the tile's block_n keys
+  ScaleRef
+      k_scale;  // groups of the tile's block_n keys, which share a scale or, by key_vectors, have one each
   int q_group_rows;
   float const* v_scale;    // (batch, heads_kv, head_dim), contiguous, 16-byte aligned
   float const* v_mean;     // the same: added to the output
@@ -43,6 +44,9 @@ struct ForwardParams {
   float softmax_scale;
   bool causal;    // bottom-right aligned
   Fp8Params fp8;  // read only for 8-bit dtypes
+  // Tiles with key_vectors: as fp8.k_scale, but by query head, and added to the dequantised scores before
+  // softmax_scale. Data and strides of both are multiples of 16 bytes.
+  ScaleRef key_bias;
 };
 
 // Needs 16-byte aligned pointers and strides, head_dim a multiple of 8 (of 16 for the rows of 8-bit Q and K)
