@@ -95,7 +95,8 @@ class Loader {
         q_scale.data + (tile.batch * q_scale.batch_stride + tile.head * q_scale.head_stride);
     for (int row = threadIdx.x % 32; row < 64; row += 32) {
       int const group = min(first_row + row, args_.seqlen_q - 1) >> args_.q_group_shift;
-      shared_.q_scales[q_ring_.slot][wg][row] = __ldg(of_head + group * q_scale.group_stride);
+      shared_.q_scales[q_ring_.slot][wg][row] = __ldg(of_head + group * q_scale.group_stride) *
+                                                (Traits::kTile.key_vectors ? 1.f : args_.scale_log2);
     }
     shared_.k_scales[q_ring_.slot][wg] =
         tile.batch * k_scale.batch_stride + first_.head * k_scale.head_stride;

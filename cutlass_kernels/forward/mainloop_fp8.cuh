@@ -113,14 +113,10 @@ class Fp8Mainloop {
       baton_.pass();
       finish_half<0, kQKParts - 1>(s, best);
       if constexpr (kQKParts == 2) finish_half<1, 0>(s, best);
-      if constexpr (kLean) {
-        // NOTE: here and not before the product, where this would wait for the loads of the scales.
-        asm volatile("" : "+f"(block_scale));
-        block_scale *= args_.scale_log2;
-        if constexpr (kKeyVectors) {
-          softmax_.row_scale[0] = softmax_.row_scale[1] = 1.f;  // it is in the scores
-          __syncwarp();                                         // all lanes have read their keys' vectors
-        }
+      if constexpr (kKeyVectors) {
+        block_scale = args_.scale_log2;
+        softmax_.row_scale[0] = softmax_.row_scale[1] = 1.f;  // it is in the scores
+        __syncwarp();                                         // all lanes have read their keys' vectors
       }
       release_slot(ring_.slot);
       ring_.advance();

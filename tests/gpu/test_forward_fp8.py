@@ -132,7 +132,7 @@ EXPERIMENT_CASES += [(1, 2, 2, 300, 300, -0.3), (1, 2, 2, 300, 300, 0.0), (5, 12
         (row["variant"], row["head_dim"], dtype)
         for row in kernels.FORWARD_TILES
         for dtype in row["dtypes"]
-        if dtype in ("e4m3", "int8") and row["variant"] not in ("fp8", "fp8_raw")
+        if dtype in ("e4m3", "int8") and row["variant"] not in ("fp8", "fp8_raw", "fp8_keys")
     ],
 )
 def test_experiment_variants(
