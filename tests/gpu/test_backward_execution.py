@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backward_helpers import Problem, off_by_order, problem_of, run_plain, same
+from backward_helpers import Problem, off_by_order, poisoned_scratch, problem_of, run_plain, same
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_gradients_accurate
 from torch.utils.checkpoint import checkpoint
 
@@ -13,22 +13,23 @@ both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "caus
 SLEEP_CYCLES = 200_000_000  # about 0.1 s on the GPU
 
 
-def launcher(problem: Problem, deterministic: bool):
-    """A function of nothing that runs the kernels once and returns dq, dk, dv."""
+def launcher(problem: Problem, deterministic: bool, variant: str = "default"):
+    """A function of nothing that runs the kernels once, with scratch of NaN, and returns dq, dk, dv."""
     dout, dlse, q, k, v, scale, causal = problem
     out, lse = flash_attn_func(q, k, v, scale, causal, return_lse=True)
 
     def run() -> tuple[torch.Tensor, ...]:
         gradients = tuple(torch.full_like(t, float("nan")) for t in (q, k, v))
-        kernels.backward(dout, q, k, v, out, lse, dlse, *gradients, scale, causal, deterministic)
+        with poisoned_scratch():
+            kernels.backward(dout, q, k, v, out, lse, dlse, *gradients, scale, causal, deterministic, variant)
         return gradients
 
     return run
 
 
-def count_differences(problem: Problem, deterministic: bool, repeats: int) -> None:
+def count_differences(problem: Problem, deterministic: bool, repeats: int, variant: str = "default") -> None:
     """dK and dV always, dQ if deterministic, have the bits of the first run; dQ is always close to it."""
-    run = launcher(problem, deterministic)
+    run = launcher(problem, deterministic, variant)
     first = run()
     assert_gradients_accurate(first, problem)
     differing = torch.zeros(4, dtype=torch.int64, device="cuda")
@@ -52,6 +53,20 @@ def test_1000_repeats_of_a_small_problem(
     """A few blocks that start together: a wrong barrier shows as a wrong gradient once in a while."""
     problem = problem_of(Case(2, 4, 2, 200, 330, head_dim, causal), torch.bfloat16, seed, with_dlse=True)
     count_differences(problem, deterministic, 1000)
+
+
+@both_masks
+@pytest.mark.parametrize(
+    ("variant", "head_dim"),
+    [(row["variant"], row["head_dim"]) for row in kernels.BACKWARD_TILES if row["variant"] != "default"],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_repeats_of_experiment_variants(
+    backward_instance: None, deterministic: bool, variant: str, head_dim: int, causal: bool, seed: int
+) -> None:
+    """Key blocks that start together and want the same query block's sum first."""
+    problem = problem_of(Case(2, 4, 2, 200, 2500, head_dim, causal), torch.bfloat16, seed, with_dlse=True)
+    count_differences(problem, deterministic, 300, variant)
 
 
 @both_masks
@@ -235,3 +250,21 @@ def test_empty_batch_and_no_queries(seed: int) -> None:
         for deterministic in (False, True):
             for t, gradient in zip(problem[2:5], run_plain(problem, deterministic), strict=True):
                 assert gradient.shape == t.shape and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@every_instance
+def test_memory(backward_instance: None, head_dim: int, deterministic: bool, seed: int) -> None:
+    """Beyond inputs, output and gradients a call takes one FP32 dQ and two FP32 numbers a query row."""
+    problem = problem_of(Case(2, 8, 8, 4096, 4096, head_dim), torch.bfloat16, seed)
+    dout, _, q, k, v, scale, causal = problem
+    out, lse = flash_attn_func(q, k, v, scale, causal, return_lse=True)
+    gradients = tuple(torch.empty_like(t) for t in (q, k, v))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kernels.backward(dout, q, k, v, out, lse, None, *gradients, scale, causal, deterministic)
+    torch.cuda.synchronize()
+    used = torch.cuda.max_memory_allocated() - before
+    allowed = 4 * q.numel() + 2 * 4 * lse.numel()
+    assert 0 < used <= 1.01 * allowed, f"{used} bytes of scratch, {allowed} allowed"
