@@ -14,7 +14,13 @@ set(HOPPER_FA_FORWARD_INSTANCES
     "int8|256|fp8"
     "e4m3|64|fp8_raw"
     "e4m3|128|fp8_raw"
-    "e4m3|256|fp8_raw")
+    "e4m3|256|fp8_raw"
+    "e4m3|64|fp8_keys"
+    "e4m3|128|fp8_keys"
+    "e4m3|256|fp8_keys"
+    "int8|64|fp8_keys"
+    "int8|128|fp8_keys"
+    "int8|256|fp8_keys")
 
 # Built only with -DHOPPER_FA_EXPERIMENTS=ON.
 set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
@@ -31,26 +37,7 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|plain_store"
     "bf16|128|tma_store"
     "e4m3|64|fp8_no_ping_pong"
-    "e4m3|128|fp8_no_ping_pong"
-    "e4m3|256|fp8_two_parts"
-    "e4m3|64|fp8_lean"
-    "e4m3|128|fp8_lean"
-    "e4m3|256|fp8_lean"
-    "int8|64|fp8_lean"
-    "int8|128|fp8_lean"
-    "int8|256|fp8_lean"
-    "e4m3|64|fp8_lean_no_ping_pong"
-    "e4m3|128|fp8_lean_no_ping_pong"
-    "e4m3|128|fp8_lean_halves"
-    "e4m3|128|fp8_lean_two_parts"
-    "e4m3|256|fp8_lean_ping_pong"
-    "e4m3|64|fp8_keys"
-    "e4m3|128|fp8_keys"
-    "e4m3|256|fp8_keys"
-    "int8|64|fp8_keys"
-    "int8|128|fp8_keys"
-    "int8|256|fp8_keys"
-    "e4m3|256|fp8_four_parts")
+    "e4m3|128|fp8_no_ping_pong")
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")
@@ -69,6 +56,4 @@ set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES
     "bf16|64|no_dq_warpgroup"
     "bf16|64|store_first"
     "bf16|128|store_first"
-    "bf16|256|store_first"
-    "bf16|64|finish_inside"
-    "bf16|128|finish_inside")
+    "bf16|256|store_first")

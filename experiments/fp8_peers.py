@@ -151,6 +151,7 @@ def _ours_16_bit() -> Peer:
 BUILDERS: dict[str, Callable[[], Peer]] = {
     "hopper_fa": lambda: fp8_peer("hopper_fa", Fp8Recipe.default()),
     "hopper_fa_e4m3": lambda: fp8_peer("hopper_fa_e4m3", replace(Fp8Recipe.default(), qk_dtype="e4m3")),
+    "hopper_fa_causal_safe": lambda: fp8_peer("hopper_fa_causal_safe", Fp8Recipe.causal_safe(), "fp8_keys"),
     "hopper_fa_bf16": _ours_16_bit,
     "fa2": _fa2,
     "fa3": _fa3,

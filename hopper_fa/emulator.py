@@ -79,9 +79,14 @@ def attention_emulated(
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2)[:, :, :seqlen_q].contiguous()
 
 
+def log2_scale(softmax_scale: float) -> float:
+    """softmax_scale * log2 e, both and their product in float32, as the kernels have it."""
+    return (torch.tensor(softmax_scale, dtype=torch.float32) * torch.tensor(LOG2_E)).item()
+
+
 def positive_log2_scale(softmax_scale: float) -> float:
-    """|softmax_scale| * log2 e in float32, never 0; for a negative scale the scores are negated instead."""
-    return torch.tensor(abs(softmax_scale) * LOG2_E or _SMALLEST_SCALE, dtype=torch.float32).item()
+    """|log2_scale|, never 0; for a negative scale the scores are negated instead."""
+    return abs(log2_scale(softmax_scale)) or _SMALLEST_SCALE
 
 
 def heads_by_kv(t: torch.Tensor, heads_kv: int) -> torch.Tensor:

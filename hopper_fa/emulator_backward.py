@@ -9,7 +9,7 @@ the last bit of the hardware's exp2. All of it is far below the rounding of P an
 import torch
 
 from hopper_fa import kernels
-from hopper_fa.emulator import LOG2_E
+from hopper_fa.emulator import LOG2_E, log2_scale
 
 
 def gradients_emulated(
@@ -41,7 +41,7 @@ def gradients_emulated(
     block_m, block_n = tile["block_m"], tile["block_n"]
     seqlen_q, seqlen_k, heads_kv = q.shape[1], k.shape[1], k.shape[2]
     heads = (heads_kv, q.shape[2] // heads_kv)
-    scale_log2 = torch.tensor(softmax_scale * LOG2_E, dtype=torch.float32).item()
+    scale_log2 = log2_scale(softmax_scale)
 
     k32, v32 = (_in_blocks(t, block_n) for t in (k, v))  # (batch, heads_kv, blocks, block_n, head_dim)
     # (batch, heads_kv, heads of a group, seqlen_q, head_dim or 1); contiguous, because the order in which

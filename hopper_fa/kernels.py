@@ -18,8 +18,6 @@ except ImportError as error:
         "and start Python from another folder, where the bare sources do not hide the installed package"
     ) from error
 
-from hopper_fa.recipe import K_BLOCK
-
 if TYPE_CHECKING:
     from hopper_fa.quantization import QuantizedQKV
     from hopper_fa.recipe import Fp8Recipe
@@ -43,7 +41,6 @@ block_range = _C.block_range
 tile_order = _C.tile_order
 choose_warpgroups = _C.choose_warpgroups
 query_walk = _C.query_walk
-dq_parts = _C.dq_parts
 
 _STATUS_OK = _C.STATUS_OK
 STATUS_SENTENCES = {
@@ -107,7 +104,6 @@ def _built_instances() -> dict[tuple[torch.dtype, int, str], tuple[int, int]]:
 
 _INSTANCES = _built_instances()
 HAS_FP8 = any(dtype in FP8_DTYPE_NAMES for dtype, _, _ in _INSTANCES)
-_HAS_FP8_KEYS = any(variant == "fp8_keys" for _, _, variant in _INSTANCES)
 
 
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread: one handle, another stream in every thread
@@ -276,29 +272,13 @@ def _has_key_vectors(recipe: Fp8Recipe) -> bool:
     return recipe.k_granularity == "token" or recipe.smooth_q
 
 
-def key_vectors(qkv: QuantizedQKV) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the variant fp8_keys takes for the keys, in whole blocks of K_BLOCK.
-
-    Returns:
-        k_scale: (batch, heads_kv, blocks, K_BLOCK) float32, contiguous; 0 past the last key.
-        key_bias: (batch, heads_q, blocks, K_BLOCK); without smooth_q zeros of that shape in K_BLOCK floats.
-    """
-    padding = (0, -qkv.seqlen_k % K_BLOCK)
-    k_scale = torch.nn.functional.pad(qkv.k_scale_of_keys(), padding).unflatten(-1, (-1, K_BLOCK))
-    if qkv.key_bias is None:
-        bias = k_scale.new_zeros(K_BLOCK).expand(qkv.q.shape[0], qkv.q.shape[2], k_scale.shape[2], K_BLOCK)
-    else:
-        bias = torch.nn.functional.pad(qkv.key_bias, padding).unflatten(-1, (-1, K_BLOCK)).contiguous()
-    return k_scale.contiguous(), bias
-
-
 def fp8_variant(recipe: Fp8Recipe) -> str | None:
     """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
     if recipe.rescale_threshold != 0:
         return None
     two_levels = recipe.accumulation == 1 and recipe.row_sum == "product"
     if _has_key_vectors(recipe):
-        return "fp8_keys" if two_levels and _HAS_FP8_KEYS else None
+        return "fp8_keys" if two_levels else None
     if two_levels:
         return "fp8"
     if recipe.accumulation == 0 and recipe.row_sum == "fp32" and recipe.qk_dtype == "e4m3":
@@ -313,11 +293,6 @@ def fp8_problem(recipe: Fp8Recipe) -> str | None:
     if recipe.rescale_threshold != 0:
         return "only rescale_threshold=0"
     if _has_key_vectors(recipe):
-        if not _HAS_FP8_KEYS:
-            return (
-                'k_granularity="token" and smooth_q only in a build with -DHOPPER_FA_EXPERIMENTS=ON, whose '
-                "variant fp8_keys has not been run yet"
-            )
         return 'k_granularity="token" and smooth_q only with accumulation=1 and row_sum="product"'
     return (
         'only accumulation=1 with row_sum="product", or with qk_dtype="e4m3" accumulation=0 with '
@@ -365,8 +340,7 @@ def forward_fp8(
     k_group = 1 if qkv.recipe.k_granularity == "block" else 0
     k_scale, key_bias = (qkv.k_scale.data_ptr(), *qkv.k_scale.stride()[:2], k_group), (0, 0, 0, 0)
     if variant == "fp8_keys":
-        # NOTE: named, so that they live until the launch.
-        scales, biases = key_vectors(qkv)
+        scales, biases = qkv.key_vectors
         k_scale = (scales.data_ptr(), *scales.stride()[:3])
         key_bias = (biases.data_ptr(), *biases.stride()[:3])
     stream = torch._C._cuda_getCurrentRawStream(index)

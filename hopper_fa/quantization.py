@@ -6,6 +6,7 @@ recipe asks for is in hopper_fa/recipe.py.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -78,6 +79,22 @@ class QuantizedQKV:
     def k_scale_of_keys(self) -> torch.Tensor:
         """k_scale spread over the keys: (batch, heads_kv, seqlen_k)."""
         return self.k_scale.repeat_interleave(self.k_group_rows, -1)[..., : self.seqlen_k]
+
+    @cached_property
+    def key_vectors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and bias of every key, in whole blocks of K_BLOCK, 0 past the last key.
+
+        (batch, heads_kv, blocks, K_BLOCK) float32, contiguous, and (batch, heads_q, blocks, K_BLOCK); without
+        smooth_q the biases are zeros of that shape in K_BLOCK floats.
+        """
+        padding = (0, -self.seqlen_k % K_BLOCK)
+        k_scale = torch.nn.functional.pad(self.k_scale_of_keys(), padding).unflatten(-1, (-1, K_BLOCK))
+        if self.key_bias is None:
+            size = (self.q.shape[0], self.q.shape[2], k_scale.shape[2], K_BLOCK)
+            bias = k_scale.new_zeros(K_BLOCK).expand(size)
+        else:
+            bias = torch.nn.functional.pad(self.key_bias, padding).unflatten(-1, (-1, K_BLOCK)).contiguous()
+        return k_scale.contiguous(), bias
 
     def v_codes(self) -> torch.Tensor:
         """V as it was rounded, unscaled: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn."""

@@ -94,7 +94,6 @@ std::vector<py::dict> backward_tiles() {
     d["split"] = t.split;
     d["dq_registers"] = t.dq_registers;
     d["store_first"] = t.store_first;
-    d["finish_inside"] = t.finish_inside;
     d["threads"] = backward_threads(t);
     d["shared_memory"] = backward_shared_memory(t);
     std::vector<std::string> dtypes;
@@ -160,8 +159,7 @@ void bind_backward(py::module_& m) {
     return std::make_tuple(w.dq_sum, w.rows, w.turns);
   });
   // Host-compiled kernel logic, for the tests: the query blocks of a key block in the order it visits them,
-  // each with the number of key blocks that add to dQ before it in deterministic mode; and how many key
-  // blocks add to a query block's dQ.
+  // each with the number of key blocks that add to dQ before it in deterministic mode.
   m.def("query_walk",
         [](int n_block, int seqlen_q, int seqlen_k, int block_m, int block_n, bool causal, int group_size) {
           int const m_blocks = ceil_div(seqlen_q, block_m), n_blocks = ceil_div(seqlen_k, block_n);
@@ -175,9 +173,6 @@ void bind_backward(py::module_& m) {
           }
           return steps;
         });
-  m.def("dq_parts", [](int m_block, int seqlen_q, int seqlen_k, int block_m, int block_n, bool causal) {
-    return dq_parts(m_block, ceil_div(seqlen_k, block_n), seqlen_q, seqlen_k, block_m, block_n, causal);
-  });
   m.def("backward",
         [](int dtype, int tile, Strided const& q, Strided const& k, Strided const& v, Strided const& out,
            Strided const& dout, Strided const& dq, Strided const& dk, Strided const& dv, std::uintptr_t lse,

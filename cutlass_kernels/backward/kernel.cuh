@@ -2,7 +2,6 @@
 // dq_sum.cuh are its parts.
 //
 //   warpgroup 0, warp 0        TMA: K and V once, Q and dO block by block
-//   warpgroup 0, warp 1        makes dQ of complete sums, if the tile says so
 //   warpgroup 0, warps 2, 3    add warpgroup 1's and 2's part of dQ to global memory
 //   warpgroups 1, 2            the products
 //   warpgroup 3                dQ, where there is one
@@ -35,13 +34,6 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     EmptyBarrier::init(&shared.dq_full[wg], kWarps);
     EmptyBarrier::init(&shared.dq_empty[wg], 1);
   }
-  if constexpr (Traits::kTile.finish_inside) {
-    for (int i = 0; i < kSumSlots; ++i) {
-      FullBarrier::init(&shared.sum_full[i], 1);
-      EmptyBarrier::init(&shared.sum_empty[i], 1);
-    }
-    shared.tickets = 0;
-  }
   EmptyBarrier::init(&shared.p_full, kWarps);
   EmptyBarrier::init(&shared.p_empty, kWarps);
   for (int i = 0; i < Traits::kTile.ds_stages; ++i) {
@@ -55,11 +47,10 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(__grid_constant__ BackwardArguments const args) {
-  extern __shared__ uint8_t shared_bytes[];
-  // NOTE: an offset to the array and not a rounded address, through which ordinary loads and stores would no
-  // longer be known to be of shared memory.
-  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(
-      shared_bytes + (1024 - cast_smem_ptr_to_uint(shared_bytes) % 1024) % 1024);
+  // NOTE: the array itself and no rounded address, through which ordinary loads and stores would no longer be
+  // known to be of shared memory.
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
   // NOTE: through a shuffle, so that the compiler knows the warp's role is uniform.
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
@@ -71,8 +62,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
     if (warp == 0) load_blocks<Traits>(args, shared);
-    if constexpr (Traits::kTile.finish_inside)
-      if (warp == 1) finish_sums<Traits>(args, shared);
     if (warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
   } else if (Traits::kDqApart && warp >= 12) {
     if constexpr (Traits::kDqApart) {

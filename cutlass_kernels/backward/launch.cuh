@@ -36,7 +36,8 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   args.heads_q = p.heads_q, args.q_heads_per_kv = p.heads_q / p.heads_kv;
   args.m_blocks = ceil_div(p.seqlen_q, Traits::kBlockM);
   args.n_blocks = ceil_div(p.seqlen_k, Traits::kBlockN);
-  args.group_size = p.deterministic ? min_int(device.sms, kMaxGroup) : 1;
+  // Where nobody waits for the first part of a sum or for a turn, all begin at the same query block.
+  args.group_size = p.deterministic || Traits::kTile.store_first ? min_int(device.sms, kMaxGroup) : 1;
   args.scale_log2 = p.softmax_scale * 1.44269504088896341f;
   args.softmax_scale = p.softmax_scale;
   args.causal = p.causal;
@@ -68,8 +69,7 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   if (args.scheduler.num_tiles > 0)
     backward_kernel<Traits>
         <<<args.scheduler.num_tiles, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
-  if constexpr (!Traits::kTile.finish_inside)
-    if (row_blocks > 0) finish_dq<Traits><<<unsigned(row_blocks * Traits::kChunks), 128, 0, stream>>>(args);
+  if (row_blocks > 0) finish_dq<Traits><<<unsigned(row_blocks * Traits::kChunks), 128, 0, stream>>>(args);
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchError;
 }
 

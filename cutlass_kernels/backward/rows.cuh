@@ -11,8 +11,7 @@ constexpr int kRowThreads = 256;
 // For every query row: bias = -lse log2(e) and delta = sum(dO O) - dlse, so that
 //   P = exp2(scale_log2 S + bias),   dS = P (dP - delta).
 // Rows that see no key and rows that only pad a block get bias -inf: their P is 0. Clears dQ's sum, if it is
-// not stored first, and turns; and dQ of blocks that no key block visits, if no other launch does. One CTA a
-// query block of one head.
+// not stored first, and turns. One CTA a query block of one head.
 template <class Traits>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(__grid_constant__ BackwardArguments const args) {
   using Element = typename Traits::Element;
@@ -29,10 +28,6 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(__grid_constant__ Ba
   if (turns && threadIdx.x < Traits::kWarpgroups)
     turns[int64_t(blockIdx.x) * Traits::kWarpgroups + threadIdx.x] = 0;
 
-  bool const clear_dq =
-      Traits::kTile.finish_inside && dq_parts(m_block, args.n_blocks, args.seqlen_q, args.seqlen_k,
-                                              Traits::kBlockM, Traits::kBlockN, args.causal) == 0;
-
   int const column = threadIdx.x % kLanes * 8;
   CUTE_UNROLL
   for (int i = 0; i < Traits::kBlockM; i += kRowThreads / kLanes) {
@@ -47,8 +42,6 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(__grid_constant__ Ba
       auto const* const g8 = reinterpret_cast<Element const*>(&g);
       CUTE_UNROLL
       for (int j = 0; j < 8; ++j) delta = fmaf(static_cast<float>(o8[j]), static_cast<float>(g8[j]), delta);
-      if (clear_dq)
-        *reinterpret_cast<uint4*>(args.dq.row(batch, head, row) + column) = make_uint4(0, 0, 0, 0);
     }
     CUTE_UNROLL
     for (int lane = kLanes / 2; lane > 0; lane /= 2) delta += __shfl_xor_sync(~0u, delta, lane);

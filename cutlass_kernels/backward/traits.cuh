@@ -75,11 +75,6 @@ struct KeyTile {
 
 // dQ leaves a warpgroup as fragments of 64 x 64.
 constexpr int kChunk = 64 * 64;
-// Halves of chunks that are on their way to the warp that makes dQ of them.
-constexpr int kSumSlots = kBackwardSumSlots;
-struct HalfChunk {
-  int head, row, column;  // of dQ, its first
-};
 
 template <DType kDType, int kTileIndex>
 struct BackwardTraits {
@@ -93,7 +88,6 @@ struct BackwardTraits {
   static constexpr bool kSplit = kTile.split;
   static constexpr bool kDqApart = kTile.dq_registers > 0;  // a warpgroup for dQ
   static_assert(!kSplit || !kDqApart);
-  static_assert(!kTile.finish_inside || kTile.store_first);  // the same counters
   static_assert(kBlockN == (kSplit ? 64 : 128));
   static constexpr int kSlabs = kHeadDim / 64;           // slabs of 64 columns, 128 bytes a row, swizzled
   static constexpr int kChunks = kBlockM / 64 * kSlabs;  // of dQ in a step
@@ -135,7 +129,6 @@ struct BackwardTraits {
     alignas(1024) Element ds[kTile.ds_stages][kBlockM * kBlockN];  // transposed: a row a key
     alignas(1024) float dq[kWarpgroups][kChunk];
     alignas(1024) float p[kSplit ? kChunk : 0];  // of warpgroup 0 for warpgroup 1, in fragment order
-    alignas(1024) float sum[kTile.finish_inside ? kSumSlots : 0][kChunk / 2];  // complete, to become dQ
     alignas(16) float bias[kTile.q_stages][kBlockM], delta[kTile.do_stages][kBlockM];
     KeyTile tile;  // NOTE: read where needed: the copying warps have 24 registers
     uint64_t k_full, v_full;
@@ -143,13 +136,10 @@ struct BackwardTraits {
     uint64_t do_full[kTile.do_stages], do_empty[kTile.do_stages];
     uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
     uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit, kDqApart
-    uint64_t sum_full[kSumSlots], sum_empty[kSumSlots];                             // finish_inside
-    HalfChunk half_of[kSumSlots];
-    uint32_t tickets;  // of the slots of sum
   };
   static constexpr int kSharedBytes = backward_shared_memory(kTile);
   // 1023: the most that aligning the base can cost.
-  static_assert(offsetof(SharedStorage, tickets) + sizeof(SharedStorage::tickets) + 1023 <= kSharedBytes);
+  static_assert(offsetof(SharedStorage, ds_empty) + sizeof(SharedStorage::ds_empty) + 1023 <= kSharedBytes);
   static_assert(kSharedBytes <= 227 * 1024);
 };
 

@@ -55,11 +55,12 @@ struct QuantizedSoftmax {
     }
   }
 
-  // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out. The output so far must be
+  // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out, without row_scale if not kRowScale
+  // (block_scale is positive then). The output so far must be
   // multiplied by alpha before this P's product is added: in two-level accumulation that costs nothing, so
   // the maximum is followed at once and P never exceeds 2^p_offset.
   // row_sum: if kSum, what the unrounded P of this thread's columns add up to.
-  template <bool kSum, class Scores, class Probabilities>
+  template <bool kSum, bool kRowScale, class Scores, class Probabilities>
   __device__ __forceinline__ void step(Scores const& s, int (&best)[2], Probabilities&& p, float block_scale,
                                        float p_offset, float (&alpha)[2], float (&row_sum)[2]) {
     float unscaled[2], scale[2], bias[2];
@@ -68,7 +69,9 @@ struct QuantizedSoftmax {
     for (int r = 0; r < 2; ++r) {
       // NOTE: never 0, which would turn the mask's -inf into NaN; nor NaN where the row sees no key of the
       // block.
-      scale[r] = unscaled[r] == -INFINITY ? 1.f : max_nan(row_scale[r] * block_scale, 0x1p-149f);
+      scale[r] = !kRowScale                 ? block_scale
+                 : unscaled[r] == -INFINITY ? 1.f
+                                            : max_nan(row_scale[r] * block_scale, 0x1p-149f);
       float const new_max = max_nan(row_max[r], unscaled[r] * scale[r]);
       bool const empty = new_max == -INFINITY;
       alpha[r] = empty ? 0.f : exp2_sfu(row_max[r] - new_max);
@@ -88,17 +91,15 @@ struct QuantizedSoftmax {
   }
 
   // row_sum: of the rounded P. As OnlineSoftmax::finish.
-  // kApproximate: by the special-function unit, a unit in FP32's last place off.
-  template <bool kApproximate>
+  // NOTE: by the special-function unit, a unit in FP32's last place off.
   __device__ __forceinline__ void finish(float const (&row_sum)[2], float p_offset, float (&factor)[2],
                                          float (&lse)[2]) const {
     constexpr float kLn2 = 0.693147180559945309f;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       bool const empty = row_max[r] == -INFINITY;
-      auto const log2_sum = [&] { return kApproximate ? log2_sfu(row_sum[r]) : log2f(row_sum[r]); };
-      factor[r] = empty ? 0.f : kApproximate ? reciprocal_sfu(row_sum[r]) : 1.f / row_sum[r];
-      lse[r] = empty ? -INFINITY : kLn2 * (row_max[r] - p_offset + log2_sum());
+      factor[r] = empty ? 0.f : reciprocal_sfu(row_sum[r]);
+      lse[r] = empty ? -INFINITY : kLn2 * (row_max[r] - p_offset + log2_sfu(row_sum[r]));
     }
   }
 

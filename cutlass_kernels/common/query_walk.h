@@ -55,12 +55,4 @@ HOPPER_FA_HOST_DEVICE int dq_turn(QueryWalk const& walk, int n_block, int n_bloc
   return n_block / group_size * group_size + in_group;
 }
 
-// How many key blocks visit query block m.
-HOPPER_FA_HOST_DEVICE int dq_parts(int m_block, int n_blocks, int seqlen_q, int seqlen_k, int block_m,
-                                   int block_n, bool causal) {
-  if (!causal) return n_blocks;
-  int const seen = m_block * block_m + block_m + (seqlen_k - seqlen_q);  // keys of its last row, or padding
-  return min_int(n_blocks, ceil_div(max_int(0, seen), block_n));
-}
-
 }  // namespace hopper_fa

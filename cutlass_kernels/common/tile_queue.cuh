@@ -9,18 +9,14 @@ namespace hopper_fa {
 
 struct TileQueueStorage {
   uint64_t full[2], empty[2];
-  Tile tile[2];       // m_block -1: no more tiles
-  uint32_t read[16];  // by each warp of the CTA, if readers count there
+  Tile tile[2];  // m_block -1: no more tiles
 };
 
-template <bool kCountInShared>
 __device__ __forceinline__ void init_tile_queue(TileQueueStorage& storage, int reader_warps) {
   for (int i = 0; i < 2; ++i) {
     EmptyBarrier::init(&storage.full[i], 1);
     EmptyBarrier::init(&storage.empty[i], reader_warps);
   }
-  if constexpr (kCountInShared)
-    for (uint32_t& read : storage.read) read = 0;
 }
 
 // One whole warp of the CTA. workspace: [0] tiles drawn beyond each CTA's first, [1] CTAs that have run out.
@@ -68,31 +64,22 @@ class TileWriter {
   }
 };
 
-// All threads of the computing warps. kCountInShared: of the tiles read, for a kernel that has no register
-// left to hold the cursor in while it computes a tile.
-template <bool kCountInShared>
+// All threads of the computing warps.
 class TileReader {
   TileQueueStorage& storage_;
-  RingCursor<2> cursor_;
+  uint32_t read_ = 0;  // tiles. NOTE: not a RingCursor, which is a register more
 
  public:
   __device__ explicit TileReader(TileQueueStorage& storage) : storage_(storage) {}
 
   // False when there are no more.
   __device__ __forceinline__ bool next(Tile& tile) {
-    if constexpr (kCountInShared) {
-      __syncwarp();  // lane 0 has counted
-      uint32_t const read = storage_.read[threadIdx.x / 32];
-      cursor_ = {static_cast<int>(read % 2), read / 2 % 2};
-    }
-    EmptyBarrier::wait(&storage_.full[cursor_.slot], cursor_.phase);
-    tile = storage_.tile[cursor_.slot];
+    uint32_t const slot = read_ % 2;
+    EmptyBarrier::wait(&storage_.full[slot], read_ / 2 % 2);
+    tile = storage_.tile[slot];
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      EmptyBarrier::arrive(&storage_.empty[cursor_.slot]);
-      if constexpr (kCountInShared) ++storage_.read[threadIdx.x / 32];
-    }
-    cursor_.advance();
+    if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&storage_.empty[slot]);
+    ++read_;
     // Through shuffles, so that the compiler knows that all lanes have the same.
     tile = {__shfl_sync(~0u, tile.m_block, 0), __shfl_sync(~0u, tile.head, 0),
             __shfl_sync(~0u, tile.batch, 0)};

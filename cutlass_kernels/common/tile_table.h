@@ -28,8 +28,7 @@ struct ForwardTile {
   int pv_parts = 0;
   bool tma_store = false;  // the output leaves through the tile's Q stage and TMA
   int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
-  int qk_parts = 1;   // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
-  bool lean = false;  // 8-bit only: less to do and to wait for between one tile's last product and the next's
+  int qk_parts = 1;  // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
   bool key_vectors = false;  // 8-bit only: every key has a scale and a bias of its own
 };
 
@@ -43,10 +42,14 @@ constexpr ForwardTile kForwardTiles[] = {
     // 8-bit inputs.
     {"fp8", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 8, false, 3},
+    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1},
+    // 8-bit inputs whose keys have a scale and a bias each.
+    {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
+    {"fp8_keys", 128, 128, 128, 2, 10, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
+    {"fp8_keys", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2, 1, true},
     // One switch at a time off, beside the default of the same head dim (experiments/forward_ablation.py).
     {"no_warp_specialisation", 128, 128, 128, 2, 5, 0, 0, PingPong::kAfterPV, true, 0, 8.0f},
     {"no_ping_pong", 128, 128, 128, 2, 5, 24, 240, PingPong::kNever, true, 0, 8.0f},
@@ -63,28 +66,6 @@ constexpr ForwardTile kForwardTiles[] = {
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
     {"fp8_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8_two_parts", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 2},
-    // Not timed yet.
-    {"fp8_lean", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
-    {"fp8_lean", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2, 1, true},
-    {"fp8_lean", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2, 1, true},
-    {"fp8_lean_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1,
-     2, true},
-    {"fp8_lean_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2,
-     1, true},
-    {"fp8_lean_halves", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2, 2,
-     true},
-    {"fp8_lean_two_parts", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 2, false, 2,
-     1, true},
-    {"fp8_lean_ping_pong", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2,
-     1, true},
-    {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true,
-     true},
-    {"fp8_keys", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2, 1, true,
-     true},
-    {"fp8_keys", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2, 1, true,
-     true},
-    {"fp8_four_parts", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
@@ -120,8 +101,10 @@ constexpr int forward_affine_bytes(ForwardTile const& t) {
   return t.element_bytes == 1 ? (t.q_stages + 1) * (t.block_m / 64) * t.head_dim * 8 : 0;
 }
 
-// 8 bit, lean: bytes of the scales of a tile's rows.
-constexpr int forward_scale_bytes(ForwardTile const& t) { return t.lean ? t.q_stages * t.block_m * 4 : 0; }
+// 8 bit: bytes of the scales of a tile's rows.
+constexpr int forward_scale_bytes(ForwardTile const& t) {
+  return t.element_bytes == 1 ? t.q_stages * t.block_m * 4 : 0;
+}
 
 // Shared memory of a CTA in bytes: Q, the K/V ring, V's dequantisation, 1 KB to align them, barriers.
 constexpr int forward_shared_memory(ForwardTile const& t) {
@@ -143,8 +126,6 @@ struct BackwardTile {
   int dq_registers = 0;  // setmaxnreg of a warpgroup for dQ = dS K; 0: the computing ones multiply it
   // The first part of dQ's sum is stored and not added, so that nobody needs to clear the sum before.
   bool store_first = false;
-  // The last key block to add to a part of dQ's sum also makes dQ of it, so that no launch needs to.
-  bool finish_inside = false;
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
@@ -158,24 +139,18 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"store_first", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, true},
     {"store_first", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, true},
     {"store_first", 256, 64, 64, 2, 1, 1, 24, 240, true, 0, true},
-    {"finish_inside", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, true, true},
-    {"finish_inside", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, true, true},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 
 // One loading and two computing warpgroups, and the one for dQ.
 constexpr int backward_threads(BackwardTile const& t) { return (t.dq_registers ? 4 : 3) * 128; }
 
-// Half chunks of complete sums in shared memory at a time, where dQ is finished inside.
-constexpr int kBackwardSumSlots = 3;
-
 // Shared memory of a CTA in bytes: K and V, the blocks of Q and dO with their rows of bias and delta, dS, a
-// chunk of dQ for each warpgroup, P if split, sums to finish, 1 KB to align them, barriers.
+// chunk of dQ for each warpgroup, P if split, 1 KB to align them, barriers.
 constexpr int backward_shared_memory(BackwardTile const& t) {
   int const chunk = 64 * 64 * 4, blocks = t.q_stages + t.do_stages;
   return 4 * t.block_n * t.head_dim + 2 * blocks * t.block_m * t.head_dim + 4 * blocks * t.block_m +
-         2 * t.ds_stages * t.block_m * t.block_n + (t.split ? 3 : 2) * chunk +
-         (t.finish_inside ? kBackwardSumSlots * chunk / 2 : 0) + 1024 + 512;
+         2 * t.ds_stages * t.block_m * t.block_n + (t.split ? 3 : 2) * chunk + 1024 + 512;
 }
 
 // As forward_tile_index, of kBackwardTiles.

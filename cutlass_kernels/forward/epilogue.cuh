@@ -23,34 +23,6 @@ struct OutputRows {
   }
 };
 
-// 8-bit inputs: what smoothing K took out of every score of this thread's rows, times softmax_scale.
-struct LseShift {
-  float of_row[2] = {0, 0};
-
-  __device__ __forceinline__ LseShift(ForwardArguments const& args, Tile const& tile, int first_row,
-                                      int rows_exist) {
-    if (!args.fp8.lse_shift) return;
-    int64_t const head = int64_t(tile.batch) * args.scheduler.heads_q + tile.head;
-    float const* const shift = args.fp8.lse_shift + head * args.seqlen_q + first_row + row_in_tile();
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r)
-      if (r < rows_exist) of_row[r] = args.softmax_scale * __ldg(shift + 8 * r);
-  }
-};
-
-// Two columns in the output's dtype. 8 bit: a run-time choice here, which costs two instructions, because one
-// around store_output would double its code.
-template <class Traits>
-__device__ __forceinline__ uint32_t round_output(ForwardArguments const& args,
-                                                 cutlass::Array<float, 2> const& pair) {
-  if constexpr (Traits::kFp8) {
-    uint32_t const fp16 = round_pair<cutlass::half_t>(pair), bf16 = round_pair<cutlass::bfloat16_t>(pair);
-    return args.fp8.out_dtype == DType::kFP16 ? fp16 : bf16;
-  } else {
-    return round_pair<typename Traits::Element>(pair);
-  }
-}
-
 // Four column octets of row r, each lane of the quad one whole octet, 16 bytes: columns(octet's number among
 // the four) are this thread's two of it.
 template <class Traits, class Columns>
@@ -58,7 +30,7 @@ __device__ __forceinline__ void store_octets(ForwardArguments const& args, Outpu
                                              int octet, Columns columns) {
   uint32_t words[4];
   CUTE_UNROLL
-  for (int j = 0; j < 4; ++j) words[j] = round_output<Traits>(args, columns(j));
+  for (int j = 0; j < 4; ++j) words[j] = round_pair<typename Traits::Element>(columns(j));
   quad_transpose(words);
   int const column = 8 * (octet + threadIdx.x % 4);
   if (r < rows.exist && column < args.head_dim)
@@ -86,37 +58,6 @@ __device__ __forceinline__ void store_output(ForwardArguments const& args, Tile 
   }
 }
 
-// The same for 8-bit inputs: out = output * factor * affine[0] + affine[1], which takes a column back to what
-// V was before quantisation.
-template <class Traits, class Output>
-__device__ __forceinline__ void store_dequantised(ForwardArguments const& args, Tile const& tile,
-                                                  int first_row, Output const& output,
-                                                  float const (&factor)[2], float const (&lse)[2],
-                                                  float const (&affine)[2][Traits::kHeadDim]) {
-  OutputRows const rows(args, tile, first_row);
-  LseShift const shift(args, tile, first_row, rows.exist);
-  CUTE_UNROLL
-  for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      float const weight = lse[r] == -INFINITY ? 0.f : 1.f;  // of a row that saw no key: 0
-      store_octets<Traits>(args, rows, r, octet, [&](int j) {
-        int const column = 8 * (octet + j) + threadIdx.x % 4 * 2;
-        float2 const scale = *reinterpret_cast<float2 const*>(affine[0] + column);
-        float2 const mean = *reinterpret_cast<float2 const*>(affine[1] + column);
-        cutlass::Array<float, 2> pair;
-        int const i = 4 * (octet + j) + 2 * r;
-        pair[0] = fmaf(output(i) * factor[r], scale.x, mean.x * weight);
-        pair[1] = fmaf(output(i + 1) * factor[r], scale.y, mean.y * weight);
-        return pair;
-      });
-    }
-  }
-  CUTE_UNROLL
-  for (int r = 0; r < 2; ++r)
-    if (r < rows.exist && threadIdx.x % 4 == 0) rows.lse[8 * r] = lse[r] + shift.of_row[r];
-}
-
 // Two neighbouring floats of shared memory.
 __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
   float2 pair;
@@ -124,13 +65,13 @@ __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
   return pair;
 }
 
-// The same in fewer instructions: one output dtype, `affine` by LDS and once for two rows, and zeros written
-// over what a row gets that saw no key.
+// The same for 8-bit inputs: out = output * factor * affine[0] + affine[1], which takes a column back to what
+// V was before quantisation.
 template <class Traits, class Out, class Output>
-__device__ __forceinline__ void store_dequantised_lean(ForwardArguments const& args, Tile const& tile,
-                                                       int first_row, Output const& output,
-                                                       float const (&factor)[2], float const (&lse)[2],
-                                                       float const (&affine)[2][Traits::kHeadDim]) {
+__device__ __forceinline__ void store_dequantised(ForwardArguments const& args, Tile const& tile,
+                                                  int first_row, Output const& output,
+                                                  float const (&factor)[2], float const (&lse)[2],
+                                                  float const (&affine)[2][Traits::kHeadDim]) {
   OutputRows const rows(args, tile, first_row, fresh_row_in_tile());
   // NOTE: loaded here and used at the end only; as LseShift has it, everything would wait for it.
   float shift[2] = {0, 0};

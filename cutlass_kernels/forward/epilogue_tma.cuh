@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_output_tma(typename Traits::Arguments cons
       int const r = j % 2, i = 4 * (octet + j / 2) + 2 * r;
       cutlass::Array<float, 2> pair;
       pair[0] = output(i) * factor[r], pair[1] = output(i + 1) * factor[r];
-      words[j] = round_output<Traits>(args, pair);
+      words[j] = round_pair<typename Traits::Element>(pair);
     }
     int const swizzled = (octet % 8 + lane / 16) ^ (lane % 8);
     Element* const to = rows + octet / 8 * kSlab + lane % 16 * 64 + swizzled * 8;

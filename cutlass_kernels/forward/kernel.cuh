@@ -15,12 +15,6 @@
 
 namespace hopper_fa {
 
-// NOTE: with the cursor of tiles in registers the int8 d256 kernel spills, and so does the e4m3 one with
-// parts of P V of 64 columns; without, the other e4m3 ones do.
-template <class Traits>
-constexpr bool kCountTilesInShared = Traits::kHeadDim == 256 && !Traits::kTile.lean &&
-                                     (Traits::kDType == DType::kInt8 || Traits::kTile.pv_parts == 4);
-
 template <class Traits>
 __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& shared, int warpgroups) {
   constexpr int kWarps = 4;
@@ -33,7 +27,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     FullBarrier::init(&shared.kv_full[i], 1);
     EmptyBarrier::init(&shared.kv_empty[i], kWarps * warpgroups);
   }
-  init_tile_queue<kCountTilesInShared<Traits>>(shared.tiles, kWarps * warpgroups);
+  init_tile_queue(shared.tiles, kWarps * warpgroups);
   cutlass::arch::fence_barrier_init();
 }
 
@@ -42,7 +36,7 @@ __device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& 
                                               typename Traits::SharedStorage& shared, int warpgroup,
                                               StartTile start_tile, Refill refill, LastLoads last_loads) {
   std::conditional_t<Traits::kFp8, Fp8Mainloop<Traits>, Mainloop<Traits>> mainloop(args, shared, warpgroup);
-  TileReader<kCountTilesInShared<Traits>> reader(shared.tiles);
+  TileReader reader(shared.tiles);
   for (Tile tile; reader.next(tile);) {
     start_tile(tile);
     mainloop.run(tile, refill);
@@ -52,23 +46,12 @@ __device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& 
 }
 
 template <class Traits>
-__device__ __forceinline__ typename Traits::SharedStorage& shared_storage() {
-  using Storage = typename Traits::SharedStorage;
-  if constexpr (Traits::kTile.lean) {
-    // NOTE: the array itself and no rounded address, through which ordinary loads and stores would no longer
-    // be known to be of shared memory, and which is made anew in every block.
-    extern __shared__ __align__(1024) uint8_t aligned_bytes[];
-    return *reinterpret_cast<Storage*>(aligned_bytes);
-  } else {
-    extern __shared__ uint8_t shared_bytes[];
-    return *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(shared_bytes) + 1023) / 1024 * 1024);
-  }
-}
-
-template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     forward_kernel(__grid_constant__ typename Traits::Arguments const args) {
-  auto& shared = shared_storage<Traits>();
+  // NOTE: the array itself and no rounded address, through which ordinary loads and stores would no longer be
+  // known to be of shared memory, and which is made anew in every block.
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
   // NOTE: through a shuffle, so that the compiler knows the warp's role is uniform.
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) init_barriers<Traits>(shared, args.warpgroups);

@@ -45,7 +45,7 @@ class Loader {
     for (int wg = 0; wg < args_.warpgroups; ++wg) {
       uint64_t& full = shared_.q_full[q_ring_.slot][wg];
       EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
-      if constexpr (Traits::kTile.lean) copy_scales(tile, row + 64 * wg, wg);
+      if constexpr (Traits::kFp8) copy_scales(tile, row + 64 * wg, wg);
       if (elect_one_sync()) {
         uint32_t const affine_bytes = Traits::kFp8 ? args_.head_dim * sizeof(float) : 0;
         FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]) + 2 * affine_bytes);

@@ -30,7 +30,7 @@ class Fp8Mainloop {
   static constexpr int kQKParts = kTile.qk_parts;
   static constexpr int kHalf = kBlockN / kQKParts;
   static constexpr int kInFlight = kTile.pv_in_flight;
-  static constexpr bool kLean = kTile.lean, kKeyVectors = kTile.key_vectors;
+  static constexpr bool kKeyVectors = kTile.key_vectors;
   using Score = typename Traits::Score;
   using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
@@ -56,7 +56,7 @@ class Fp8Mainloop {
       : args_(args),
         shared_(shared),
         warpgroup_(warpgroup),
-        baton_{warpgroup, kTile.ping_pong == PingPong::kNever ? 1 : args.warpgroups} {
+        baton_{warpgroup, kTile.ping_pong == PingPong::kNever ? 1 : args.turn_takers} {
     baton_.start();
   }
 
@@ -88,20 +88,16 @@ class Fp8Mainloop {
       store_empty<Traits>(args_, tile, row);
       return;
     }
-    if constexpr (kLean) {
-      softmax_ = Softmax{};
-      // NOTE: through a shuffle, so that the compiler knows that all lanes have the same.
-      k_scales_ = __shfl_sync(~0u, shared_.k_scales[q_ring_.slot][warpgroup_], 0);
-    } else {
-      softmax_ = make_softmax(tile);
-    }
+    softmax_ = Softmax{};
+    // NOTE: through a shuffle, so that the compiler knows that all lanes have the same.
+    k_scales_ = __shfl_sync(~0u, shared_.k_scales[q_ring_.slot][warpgroup_], 0);
     clear(output_);
     row_sum_[0] = row_sum_[1] = 0;
     baton_.take_immediate();
 #pragma unroll 1
     for (int n = range.end - 1; n >= 0; --n) {
-      float block_scale = kKeyVectors ? 1.f : k_scale(n);
-      if constexpr (kLean) read_q_scales();
+      float const block_scale = kKeyVectors ? args_.scale_log2 : k_scale(n);
+      read_q_scales();
       Scores s;
       int best[2];
       wait_block();
@@ -113,19 +109,15 @@ class Fp8Mainloop {
       baton_.pass();
       finish_half<0, kQKParts - 1>(s, best);
       if constexpr (kQKParts == 2) finish_half<1, 0>(s, best);
-      if constexpr (kKeyVectors) {
-        block_scale = args_.scale_log2;
-        softmax_.row_scale[0] = softmax_.row_scale[1] = 1.f;  // it is in the scores
-        __syncwarp();                                         // all lanes have read their keys' vectors
-      }
+      if constexpr (kKeyVectors) __syncwarp();  // all lanes have read their keys' vectors
       release_slot(ring_.slot);
       ring_.advance();
       if (n == 0) release_q();
       bool const masked = n >= range.unmasked;
       if (masked || args_.negate_scores) prepare_scores(s, best, n, row, masked);
       float alpha[2];
-      softmax_.template step<!kTwoLevels>(scores_of(s), best, floats_of(s), block_scale, args_.fp8.p_offset,
-                                          alpha, row_sum_);
+      softmax_.template step<!kTwoLevels, !kKeyVectors>(scores_of(s), best, floats_of(s), block_scale,
+                                                        args_.fp8.p_offset, alpha, row_sum_);
       decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{})) p;  // 64 x kBlockN
       round_probabilities<Traits>(floats_of(s), p);
       // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
@@ -256,8 +248,8 @@ class Fp8Mainloop {
       for (int i = 0; i < size(s); ++i) s(i) = -s(i);
     }
     int const keys = args_.seqlen_k - n * kBlockN;
-    int const diagonal = first_row + (kLean ? fresh_row_in_tile() : row_in_tile()) + 1 +
-                         (args_.seqlen_k - args_.seqlen_q) - n * kBlockN;
+    int const diagonal =
+        first_row + fresh_row_in_tile() + 1 + (args_.seqlen_k - args_.seqlen_q) - n * kBlockN;
     int const visible[2] = {args_.causal ? min(keys, diagonal) : keys,
                             args_.causal ? min(keys, diagonal + 8) : keys};
     if (masked) mask_scores(s, visible, Softmax::hidden());
@@ -282,46 +274,23 @@ class Fp8Mainloop {
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r)
       row_sum[r] = kTwoLevels ? __shfl_sync(~0u, row_sum_[r], threadIdx.x % 32 & ~3) : quad_sum(row_sum_[r]);
-    softmax_.template finish<kLean>(row_sum, args_.fp8.p_offset, factor, lse);
+    softmax_.finish(row_sum, args_.fp8.p_offset, factor, lse);
     // NOTE: two ways to the same values; at d256 (one Q stage) registers are scarce, and d128 spills with the
     // first.
     constexpr bool kOneStage = Traits::kQStages == 1;
     int const slot = kOneStage ? q_ring_.phase ^ 1 : affine_ring_.slot;
-    if constexpr (kLean) {
-      auto const store = [&](auto element) {
-        store_dequantised_lean<Traits, decltype(element)>(args_, tile, kOneStage ? row : first_row(tile),
-                                                          output_, factor, lse,
-                                                          shared_.v_affine[slot][warpgroup_]);
-      };
-      if (args_.fp8.out_dtype == DType::kFP16)
-        store(cutlass::half_t{});
-      else
-        store(cutlass::bfloat16_t{});
-    } else {
-      store_dequantised<Traits>(args_, tile, kOneStage ? row : first_row(tile), output_, factor, lse,
-                                shared_.v_affine[slot][warpgroup_]);
-    }
+    auto const store = [&](auto element) {
+      store_dequantised<Traits, decltype(element)>(args_, tile, kOneStage ? row : first_row(tile), output_,
+                                                   factor, lse, shared_.v_affine[slot][warpgroup_]);
+    };
+    if (args_.fp8.out_dtype == DType::kFP16)
+      store(cutlass::half_t{});
+    else
+      store(cutlass::bfloat16_t{});
     affine_ring_.advance();
   }
 
-  // A tile's softmax before its first block; starts the loads of its dequantisation factors.
-  __device__ __forceinline__ Softmax make_softmax(Tile const& tile) {
-    Fp8Params const& fp8 = args_.fp8;
-    int const row = first_row(tile) + row_in_tile();
-    float const* const q_scale =
-        fp8.q_scale.data + tile.batch * fp8.q_scale.batch_stride + tile.head * fp8.q_scale.head_stride;
-    Softmax softmax;
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      int const group = min(row + 8 * r, args_.seqlen_q - 1) / fp8.q_group_rows;
-      softmax.row_scale[r] = __ldg(q_scale + group * fp8.q_scale.group_stride) * args_.scale_log2;
-    }
-    k_scales_ =
-        tile.batch * fp8.k_scale.batch_stride + tile.head / args_.q_heads_per_kv * fp8.k_scale.head_stride;
-    return softmax;
-  }
-
-  // Those of Q's rows.
+  // Dequantisation factors of the rows of Q, times softmax_scale log2(e).
   // NOTE: read for every block, for want of registers to hold them in.
   __device__ __forceinline__ void read_q_scales() {
     uint32_t const scales =

@@ -31,6 +31,7 @@ struct ForwardArguments {
   Fp8Params fp8;        // 8-bit inputs only
   float softmax_scale;  // 8-bit inputs only
   int q_group_shift;    // 8-bit inputs only: log2 of the rows that share a scale of Q; 31: all
+  int turn_takers;      // 8-bit inputs only: warpgroups that take turns on the tensor cores; 1: nobody does
 };
 
 struct TmaStoreArguments : ForwardArguments {
@@ -68,9 +69,9 @@ struct ForwardTraits {
   static_assert(kTile.block_m % 64 == 0 && kBlockN % 16 == 0 && kHeadDim % 64 == 0);
   static_assert(kStages >= 3);             // K of the next block, V of this one, and one to load
   static_assert(!kFp8 || kBlockN == 128);  // a row of transposed V is one swizzle atom wide
-  static_assert(kFp8 || (kTile.pv_parts == 0 && !kTile.lean));
+  static_assert(kFp8 || kTile.pv_parts == 0);
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
-  static_assert(!kTile.key_vectors || (kTile.lean && kTile.pv_parts > 0));
+  static_assert(!kTile.key_vectors || kTile.pv_parts > 0);
   // The next tile's Q lies beside this one's output.
   static_assert(!kTile.tma_store || (kTile.overlap && kQStages >= 2));
 
@@ -135,9 +136,9 @@ struct ForwardTraits {
     uint64_t q_full[kQStages][kWarpgroups], q_empty[kQStages][kWarpgroups];
     uint64_t kv_full[kStages], kv_empty[kStages];
     TileQueueStorage tiles;
-    // Lean: scales of the tile's rows, and where K's of its head start.
-    float q_scales[kTile.lean ? kQStages : 0][kWarpgroups][64];
-    int k_scales[kTile.lean ? kQStages : 0][kWarpgroups];
+    // 8 bit: scales of the tile's rows, and where K's of its head start.
+    float q_scales[kFp8 ? kQStages : 0][kWarpgroups][64];
+    int k_scales[kFp8 ? kQStages : 0][kWarpgroups];
   };
   // 1023: the most that aligning the base can cost.
   static_assert(offsetof(SharedStorage, k_scales) + sizeof(SharedStorage::k_scales) + 1023 <=
