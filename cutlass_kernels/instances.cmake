@@ -37,7 +37,11 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|plain_store"
     "bf16|128|tma_store"
     "e4m3|64|fp8_no_ping_pong"
-    "e4m3|128|fp8_no_ping_pong")
+    "e4m3|128|fp8_no_ping_pong"
+    "e4m3|64|fp8_exclusive"
+    "e4m3|128|fp8_exclusive"
+    "e4m3|256|fp8_exclusive"
+    "e4m3|256|fp8_ping_pong")
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")
@@ -53,7 +57,4 @@ set(HOPPER_FA_BACKWARD_INSTANCES
 
 # Built only with -DHOPPER_FA_EXPERIMENTS=ON.
 set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES
-    "bf16|64|no_dq_warpgroup"
-    "bf16|64|store_first"
-    "bf16|128|store_first"
-    "bf16|256|store_first")
+    "bf16|64|no_dq_warpgroup")

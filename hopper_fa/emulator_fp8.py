@@ -65,12 +65,15 @@ def attention_fp8_emulated(
     k_scale = qkv.k_scale_of_keys()[:, :, None, None]  # (batch, heads_kv, 1, 1, keys)
     row_scale = heads_by_kv(qkv.q_scale_of_rows().transpose(1, 2)[..., None], heads_kv)  # (..., rows, 1)
     row_factor = row_scale * positive_log2_scale(scale)
-    key_bias = None
+    # Scores become S k_scale q_scale + key_bias first where every key has a scale or a bias.
+    key_vectors = qkv.key_bias is not None or recipe.k_granularity == "token"
+    key_bias = k_scale.new_zeros(1)
     if qkv.key_bias is not None:
         key_bias = qkv.key_bias.unflatten(1, (heads_kv, -1))[..., None, :]  # (..., 1, keys)
+    if key_vectors:
         row_factor = torch.full_like(row_scale, positive_log2_scale(scale))
 
-    integer = recipe.qk_dtype == "int8" and key_bias is None and recipe.k_granularity != "token"
+    integer = recipe.qk_dtype == "int8" and not key_vectors
 
     shape = q.shape[:-1]
     row_max = q.new_full(shape, float("-inf"))
@@ -82,10 +85,9 @@ def attention_fp8_emulated(
         block = keys.start // K_BLOCK
         s = _product(q[rows], k[..., keys], None, qk_sums)
         c = row_factor[rows]
-        if key_bias is not None:
-            s = _fused_multiply_add(s * k_scale[..., keys], row_scale[rows], key_bias[..., keys])
-        elif recipe.k_granularity == "token":
-            s *= k_scale[..., keys]
+        if key_vectors:
+            bias = key_bias[..., keys] if qkv.key_bias is not None else key_bias
+            s = _fused_multiply_add(s * k_scale[..., keys], row_scale[rows], bias)
         else:
             c = c * k_scale[..., keys.start : keys.start + 1]
         if scale < 0:

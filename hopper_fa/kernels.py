@@ -251,14 +251,13 @@ def backward(
             )
     sum_floats, row_floats, turn_ints = _C.backward_workspace(tile["tile"], batch, seqlen_q, heads_q)
     floats = torch.empty(sum_floats + row_floats, dtype=torch.float32, device=q.device)
-    counted = deterministic or tile["store_first"]
-    turns = torch.empty(turn_ints, dtype=torch.int32, device=q.device) if counted else None
+    turns = torch.empty(turn_ints, dtype=torch.int32, device=q.device)
     # fmt: off
     status = _C.backward(
         _C.DTYPES[DTYPE_NAMES[q.dtype]], tile["tile"],
         *((t.data_ptr(), *t.stride()[:3]) for t in (q, k, v, out, dout, dq, dk, dv)),
         lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
-        floats.data_ptr(), floats.data_ptr() + 4 * sum_floats, 0 if turns is None else turns.data_ptr(),
+        floats.data_ptr(), floats.data_ptr() + 4 * sum_floats, turns.data_ptr(),
         batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, softmax_scale, causal, deterministic,
         torch._C._cuda_getCurrentRawStream(index),
     )

@@ -46,8 +46,7 @@ Status run_backward(BackwardParams const& p, CUstream_st* stream) {
   if (p.batch < 0 || p.seqlen_q < 0 || p.seqlen_k < 0 || p.heads_kv < 1 || p.heads_q % p.heads_kv != 0 ||
       p.head_dim < 8 || p.head_dim % 8 != 0 || p.head_dim > kBackwardTiles[p.tile].head_dim ||
       (p.batch > 0 && p.heads_q > 0 && p.seqlen_q > 0 &&
-       (((p.deterministic || kBackwardTiles[p.tile].store_first) && !p.turns) || misaligned(p.dq_sum) ||
-        misaligned(p.rows))))
+       (!p.turns || misaligned(p.dq_sum) || misaligned(p.rows))))
     return Status::kInvalidArgument;
   // Frameworks put any address into a tensor without elements.
   if (p.batch > 0 && p.seqlen_q > 0)

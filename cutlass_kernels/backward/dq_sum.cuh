@@ -77,7 +77,6 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
   float const* const from = shared.dq[warpgroup];
   uint32_t phase = 0;
   int before = -1;  // query block whose turn is still to be passed on
-  constexpr bool kStoreFirst = Traits::kTile.store_first;
   auto const turn = [&](int block) { return args.turns + (block * Traits::kWarpgroups + warpgroup); };
   auto const sum = [&](int block) { return args.stored + (block * Traits::kWarpgroups + warpgroup); };
   tile.for_each_step(args, [&](int head, int m_block) {
@@ -87,8 +86,8 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
     if (args.turns) {
       int const mine = turn_of<Traits>(args, tile, m_block);
       wait_turn(turn(block), mine);
-      first = kStoreFirst && mine == 0;
-    } else if (kStoreFirst) {
+      first = mine == 0;
+    } else if (args.stored) {
       state = load_acquire(sum(block));
     }
     // NOTE: unrolled it would spill: 24 registers.
@@ -97,7 +96,7 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
       int const chunk = block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks + i;
       FullBarrier::wait(&shared.dq_full[warpgroup], phase);
       phase ^= 1;
-      if (kStoreFirst && !args.turns && i == 0) first = claim_sum(sum(block), state);
+      if (args.stored && !args.turns && i == 0) first = claim_sum(sum(block), state);
       float* const to = args.dq_sum + int64_t(chunk) * kChunk;
       if (first) {
         SM90_BULK_COPY_S2G::copy(from, to, kChunk * sizeof(float));

@@ -36,8 +36,11 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   args.heads_q = p.heads_q, args.q_heads_per_kv = p.heads_q / p.heads_kv;
   args.m_blocks = ceil_div(p.seqlen_q, Traits::kBlockM);
   args.n_blocks = ceil_div(p.seqlen_k, Traits::kBlockN);
+  // NOTE: with the sum cleared instead, split tiles are up to 9% faster on long walks, where looking whether
+  // a part is the first delays every step, and slower on short ones; all others are slower.
+  bool const store_first = p.deterministic || !Traits::kSplit || p.seqlen_q <= 2048;
   // Where nobody waits for the first part of a sum or for a turn, all begin at the same query block.
-  args.group_size = p.deterministic || Traits::kTile.store_first ? min_int(device.sms, kMaxGroup) : 1;
+  args.group_size = store_first ? min_int(device.sms, kMaxGroup) : 1;
   args.scale_log2 = p.softmax_scale * 1.44269504088896341f;
   args.softmax_scale = p.softmax_scale;
   args.causal = p.causal;
@@ -46,7 +49,7 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   args.delta = p.rows + row_blocks * Traits::kBlockM;
   args.dq_sum = p.dq_sum;
   args.turns = p.deterministic ? p.turns : nullptr;
-  args.stored = Traits::kTile.store_first ? p.turns : nullptr;
+  args.stored = store_first ? p.turns : nullptr;
   // Q, dO and dQ's sum of the query heads that read one key/value head.
   int64_t const head_bytes = int64_t(p.seqlen_q) * p.head_dim * 8 * args.q_heads_per_kv;
   args.scheduler = make_tile_scheduler(p.batch, p.heads_kv, 1, p.seqlen_k, Traits::kBlockN, head_bytes,

@@ -10,8 +10,8 @@ constexpr int kRowThreads = 256;
 
 // For every query row: bias = -lse log2(e) and delta = sum(dO O) - dlse, so that
 //   P = exp2(scale_log2 S + bias),   dS = P (dP - delta).
-// Rows that see no key and rows that only pad a block get bias -inf: their P is 0. Clears dQ's sum, if it is
-// not stored first, and turns. One CTA a query block of one head.
+// Rows that see no key and rows that only pad a block get bias -inf: their P is 0. Clears dQ's sum, or the
+// counters that say whose part is the first. One CTA a query block of one head.
 template <class Traits>
 __global__ void __launch_bounds__(kRowThreads) prepare_rows(__grid_constant__ BackwardArguments const args) {
   using Element = typename Traits::Element;
@@ -19,14 +19,14 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(__grid_constant__ Ba
   int const head_batch = blockIdx.x / args.m_blocks, m_block = blockIdx.x % args.m_blocks;
   int const batch = head_batch / args.heads_q, head = head_batch % args.heads_q;
 
-  if constexpr (!Traits::kTile.store_first) {
+  if (args.stored) {
+    if (threadIdx.x < Traits::kWarpgroups)
+      args.stored[int64_t(blockIdx.x) * Traits::kWarpgroups + threadIdx.x] = 0;
+  } else {
     auto* const sum = reinterpret_cast<float4*>(args.dq_sum + int64_t(blockIdx.x) * Traits::kChunks * kChunk);
     for (int i = threadIdx.x; i < Traits::kChunks * kChunk / 4; i += kRowThreads)
       sum[i] = make_float4(0, 0, 0, 0);
   }
-  int* const turns = Traits::kTile.store_first ? args.stored : args.turns;
-  if (turns && threadIdx.x < Traits::kWarpgroups)
-    turns[int64_t(blockIdx.x) * Traits::kWarpgroups + threadIdx.x] = 0;
 
   int const column = threadIdx.x % kLanes * 8;
   CUTE_UNROLL
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(128) finish_dq(__grid_constant__ BackwardArgum
       reinterpret_cast<float4 const*>(args.dq_sum + int64_t(blockIdx.x) * kChunk) + threadIdx.x;
   Tensor dq = make_tensor<float>(Int<32>{});
   bool sum_exists = true;  // else no key is seen by any of the rows
-  if constexpr (Traits::kTile.store_first)
+  if (args.stored)
     sum_exists = args.stored[int64_t(block) * Traits::kWarpgroups + chunk / Traits::kWarpgroupChunks] != 0;
   CUTE_UNROLL
   for (int octet = 0; octet < 8; ++octet) {

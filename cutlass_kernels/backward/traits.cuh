@@ -42,7 +42,9 @@ struct BackwardArguments {
   float scale_log2, softmax_scale;
   bool causal;
   TileScheduler scheduler;  // of key blocks
-  int* stored;  // of turns' shape: 0 while dQ's sum holds nothing. Deterministic: turns. Null: it was cleared
+  // Of turns' shape: 0 while a part of dQ's sum holds nothing; the first key block to come stores and the
+  // others add. Deterministic: turns. Null: the sum was cleared.
+  int* stored;
 };
 
 // The key block a CTA works on, and the query blocks it walks over: for every query head of the group, one

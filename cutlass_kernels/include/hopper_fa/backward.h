@@ -23,7 +23,7 @@ struct BackwardParams {
   // Scratch, 16-byte aligned, of the sizes that backward_workspace gives.
   float* dq_sum;  // dQ in FP32
   float* rows;    // two numbers a query row
-  int* turns;     // deterministic or a tile with store_first, else null
+  int* turns;
   int batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim;
   float softmax_scale;
   bool causal;         // bottom-right aligned
