@@ -68,11 +68,15 @@ __device__ __forceinline__ void wait_added() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// One thread: takes the chunks of dQ that a warpgroup leaves in shared memory and adds them to the sum, or
-// stores them if they are its first; in deterministic mode when it is this key block's turn.
-template <class Traits>
-__device__ __forceinline__ void add_dq(BackwardArguments const& args, typename Traits::SharedStorage& shared,
-                                       int warpgroup) {
+// How the parts of a sum come together: onto zeros; the first to come is stored; in turns, and turn 0 stores.
+enum class Adding { kOntoZeros, kStoreFirst, kInTurns };
+
+// One thread: takes the chunks of dQ that a warpgroup leaves in shared memory and adds them to the sum.
+// NOTE: a loop for each way, because what a step takes here delays the warpgroup: it waits for its chunk to
+// be read before it can leave the next one (d256: asking for the way in every step cost 8%).
+template <class Traits, Adding kAdding>
+__device__ __forceinline__ void add_chunks(BackwardArguments const& args,
+                                           typename Traits::SharedStorage& shared, int warpgroup) {
   KeyTile const& tile = shared.tile;
   float const* const from = shared.dq[warpgroup];
   uint32_t phase = 0;
@@ -81,39 +85,40 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
   auto const sum = [&](int block) { return args.stored + (block * Traits::kWarpgroups + warpgroup); };
   tile.for_each_step(args, [&](int head, int m_block) {
     int const block = (tile.batch * args.heads_q + head) * args.m_blocks + m_block;
+    float* to =
+        args.dq_sum + int64_t(block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks) * kChunk;
     bool first = false;
     int state = kStored;
-    if (args.turns) {
+    if constexpr (kAdding == Adding::kInTurns) {
       int const mine = turn_of<Traits>(args, tile, m_block);
       wait_turn(turn(block), mine);
       first = mine == 0;
-    } else if (args.stored) {
+    } else if constexpr (kAdding == Adding::kStoreFirst) {
       state = load_acquire(sum(block));
     }
     // NOTE: unrolled it would spill: 24 registers.
     CUTE_NO_UNROLL
     for (int i = 0; i < Traits::kWarpgroupChunks; ++i) {
-      int const chunk = block * Traits::kChunks + warpgroup * Traits::kWarpgroupChunks + i;
       FullBarrier::wait(&shared.dq_full[warpgroup], phase);
       phase ^= 1;
-      if (args.stored && !args.turns && i == 0) first = claim_sum(sum(block), state);
-      float* const to = args.dq_sum + int64_t(chunk) * kChunk;
+      if (kAdding == Adding::kStoreFirst && i == 0) first = claim_sum(sum(block), state);
       if (first) {
         SM90_BULK_COPY_S2G::copy(from, to, kChunk * sizeof(float));
         tma_store_arrive();
       } else {
         bulk_add(to, from, kChunk * sizeof(float));
       }
+      to += kChunk;
       tma_store_wait<0>();  // read; shared memory is free
       EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
     }
     // NOTE: causal turns are passed on a step late, since an addition takes about a step to arrive. Full ones
     // are not: all CTAs of a group might wait for each other in a circle.
-    if (args.turns && args.causal) {
+    if (kAdding == Adding::kInTurns && args.causal) {
       wait_added<Traits::kWarpgroupChunks>();
       if (before >= 0) pass_turn(turn(before));
       before = block;
-    } else if (args.turns) {
+    } else if (kAdding == Adding::kInTurns) {
       wait_added<0>();
       pass_turn(turn(block));
     } else if (first) {
@@ -123,6 +128,17 @@ __device__ __forceinline__ void add_dq(BackwardArguments const& args, typename T
   });
   wait_added<0>();
   if (before >= 0) pass_turn(turn(before));
+}
+
+template <class Traits>
+__device__ __forceinline__ void add_dq(BackwardArguments const& args, typename Traits::SharedStorage& shared,
+                                       int warpgroup) {
+  if (args.turns)
+    add_chunks<Traits, Adding::kInTurns>(args, shared, warpgroup);
+  else if (!Traits::kSplit || args.stored)
+    add_chunks<Traits, Adding::kStoreFirst>(args, shared, warpgroup);
+  else
+    add_chunks<Traits, Adding::kOntoZeros>(args, shared, warpgroup);
 }
 
 }  // namespace hopper_fa
