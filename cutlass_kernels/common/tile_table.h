@@ -6,8 +6,8 @@
 namespace hopper_fa {
 
 // When a warpgroup hands the tensor cores to the next one: once the product is issued. Without overlap a turn
-// is P V, waited for, and QK of the next block, issued; kAfterScores: and waited for.
-enum class PingPong { kNever, kAfterQK, kAfterPV, kAfterScores };
+// is P V, waited for, and QK of the next block, issued.
+enum class PingPong { kNever, kAfterQK, kAfterPV };
 
 struct ForwardTile {
   char const* variant;      // users run "default", "fp8" or "fp8_raw" (8-bit inputs); others are experiments
@@ -66,11 +66,6 @@ constexpr ForwardTile kForwardTiles[] = {
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
     {"fp8_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8_exclusive", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterScores, false, 0, 0.0f, 1, 1, false, 1,
-     2},
-    {"fp8_exclusive", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterScores, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8_exclusive", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterScores, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8_ping_pong", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 

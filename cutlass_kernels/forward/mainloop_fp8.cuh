@@ -106,7 +106,7 @@ class Fp8Mainloop {
       if constexpr (Traits::kHeadDim == 256) __syncwarp();
       issue_half<0>(s);
       if constexpr (kQKParts == 2) issue_half<1>(s);
-      if constexpr (kTile.ping_pong != PingPong::kAfterScores) baton_.pass();
+      baton_.pass();
       finish_half<0, kQKParts - 1>(s, best);
       if constexpr (kQKParts == 2) finish_half<1, 0>(s, best);
       if constexpr (kKeyVectors) __syncwarp();  // all lanes have read their keys' vectors
@@ -214,7 +214,6 @@ class Fp8Mainloop {
   __device__ __forceinline__ void finish_half(Scores& s, int (&best)[2]) {
     auto half = half_of<kIndex>(s);
     wait_product<kPending>(half);
-    if constexpr (kPending == 0 && kTile.ping_pong == PingPong::kAfterScores) baton_.pass();
     if constexpr (kKeyVectors) scale_keys<kIndex * kHalf>(half);
     Softmax::template follow<kIndex == 0>(scores_of(half), best);
   }
