@@ -138,6 +138,9 @@ ORDERED_BY_BARRIERS = [
     # before, and arrive on its empty barrier after.
     {"SM90_BULK_COPY_G2S::copy", "probabilities"},
     {"SM90_BULK_COPY_G2S::copy", "KeysMainloop::half_step"},
+    # The scales of a tile's rows and the place of K's, between Q's empty and full barriers, as Q itself.
+    {"Loader::copy_scales", "Fp8Mainloop::read_q_scales"},
+    {"Loader::copy_scales", "Fp8Mainloop::run"},
 ]
 
 

@@ -184,8 +184,9 @@ def assert_gradients_accurate(
         distribution: of the inputs.
     """
     # NOTE: where P is nearly one-hot, dP - rowsum(dO * O) cancels but for the rounding of O, which the
-    # yardstick does not use: the largest of a million errors came to 1.1 times the rule's in 1 of 14 runs.
-    of_largest = 4 if distribution == "one_hot" else 2
+    # yardstick does not use: the largest of a million errors came to 1.1 times the rule's in 1 of 14 runs. An
+    # offset of all keys multiplies what is left of it in dQ: 1.4 times in 1 of 6 runs.
+    of_largest = 4 if distribution in ("one_hot", "k_offset") else 2
     dout, _, *tensors = problem
     eps = torch.finfo(dout.dtype).eps
     terms = max(dout.shape[1], tensors[1].shape[1])
