@@ -143,10 +143,7 @@ class SplitMainloop {
     issue_dq<Traits>(shared_.ds[0], shared_.k, 2 * kWarpgroup + kIndex, dq);
     wait_product<0>(dq);
     arrive_warp(done);
-    EmptyBarrier::wait(&shared_.dq_empty[kWarpgroup], kIndex ^ 1);
-    put_chunk(dq, shared_.dq[kWarpgroup]);
-    tma_store_fence();
-    arrive_warp(shared_.dq_full[kWarpgroup]);
+    leave_dq<Traits>(shared_, kWarpgroup, kIndex ^ 1, dq);
   }
 };
 
