@@ -1,7 +1,7 @@
 """FP8 forward attention on quantised tensors beside FlashAttention-3, vLLM's fork, cuDNN and our own BF16.
 
     python experiments/fp8_speed.py                     # 36 shapes, every peer that is installed
-    python experiments/fp8_speed.py --variants fp8_fma  # our other tiles beside the default
+    python experiments/fp8_speed.py --variants fp8_no_ping_pong  # our other tiles
 
 hopper_fa is the default recipe, hopper_fa_e4m3 the same with e4m3 scores; both accumulate in two levels. fa3
 does not, vllm does. Interleaved in one process on the same inputs (timing.py). Writes JSON and CSV.
