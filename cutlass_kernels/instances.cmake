@@ -37,9 +37,7 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|plain_store"
     "bf16|128|tma_store"
     "e4m3|64|fp8_no_ping_pong"
-    "e4m3|128|fp8_no_ping_pong"
-    "e4m3|256|fp8_uniform"
-    "int8|256|fp8_uniform")
+    "e4m3|128|fp8_no_ping_pong")
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")
@@ -55,7 +53,4 @@ set(HOPPER_FA_BACKWARD_INSTANCES
 
 # Built only with -DHOPPER_FA_EXPERIMENTS=ON.
 set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES
-    "bf16|64|no_dq_warpgroup"
-    "bf16|64|dq_pieces"
-    "bf16|128|dq_pieces"
-    "bf16|256|dq_pieces")
+    "bf16|64|no_dq_warpgroup")

@@ -93,7 +93,6 @@ std::vector<py::dict> backward_tiles() {
     d["consumer_registers"] = t.consumer_registers;
     d["split"] = t.split;
     d["dq_registers"] = t.dq_registers;
-    d["dq_pieces"] = t.dq_pieces;
     d["threads"] = backward_threads(t);
     d["shared_memory"] = backward_shared_memory(t);
     std::vector<std::string> dtypes;

@@ -78,10 +78,9 @@ template <class Traits, Adding kAdding>
 __device__ __forceinline__ void add_chunks(BackwardArguments const& args,
                                            typename Traits::SharedStorage& shared, int warpgroup) {
   KeyTile const& tile = shared.tile;
-  constexpr int kPieces = Traits::kPieces;
+  float const* const from = shared.dq[warpgroup];
   uint32_t phase = 0;
-  bool any = false;  // have been added
-  int before = -1;   // query block whose turn is still to be passed on
+  int before = -1;  // query block whose turn is still to be passed on
   auto const turn = [&](int block) { return args.turns + (block * Traits::kWarpgroups + warpgroup); };
   auto const sum = [&](int block) { return args.stored + (block * Traits::kWarpgroups + warpgroup); };
   tile.for_each_step(args, [&](int head, int m_block) {
@@ -99,29 +98,24 @@ __device__ __forceinline__ void add_chunks(BackwardArguments const& args,
     }
     // NOTE: unrolled it would spill: 24 registers.
     CUTE_NO_UNROLL
-    for (int i = 0; i < Traits::kWarpgroupChunks * kPieces; ++i) {
-      int const piece = i % kPieces;
-      FullBarrier::wait(&shared.dq_full[warpgroup][piece], phase);
-      if (piece == kPieces - 1) phase ^= 1;
+    for (int i = 0; i < Traits::kWarpgroupChunks; ++i) {
+      FullBarrier::wait(&shared.dq_full[warpgroup], phase);
+      phase ^= 1;
       if (kAdding == Adding::kStoreFirst && i == 0) first = claim_sum(sum(block), state);
-      float const* const from = shared.dq[warpgroup] + piece * Traits::kPiece;
       if (first) {
-        SM90_BULK_COPY_S2G::copy(from, to, Traits::kPiece * sizeof(float));
+        SM90_BULK_COPY_S2G::copy(from, to, kChunk * sizeof(float));
         tma_store_arrive();
       } else {
-        bulk_add(to, from, Traits::kPiece * sizeof(float));
+        bulk_add(to, from, kChunk * sizeof(float));
       }
-      to += Traits::kPiece;
-      // All but kPieces - 1 are read, and so the place of the oldest is free; the first piece has none before
-      // it.
-      tma_store_wait<kPieces - 1>();
-      if (kPieces == 1 || any) EmptyBarrier::arrive(&shared.dq_empty[warpgroup][(i + 1) % kPieces]);
-      any = true;
+      to += kChunk;
+      tma_store_wait<0>();  // read; shared memory is free
+      EmptyBarrier::arrive(&shared.dq_empty[warpgroup]);
     }
     // NOTE: causal turns are passed on a step late, since an addition takes about a step to arrive. Full ones
     // are not: all CTAs of a group might wait for each other in a circle.
     if (kAdding == Adding::kInTurns && args.causal) {
-      wait_added<Traits::kWarpgroupChunks * kPieces>();
+      wait_added<Traits::kWarpgroupChunks>();
       if (before >= 0) pass_turn(turn(before));
       before = block;
     } else if (kAdding == Adding::kInTurns) {

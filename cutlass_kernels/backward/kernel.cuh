@@ -30,11 +30,10 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     FullBarrier::init(&shared.do_full[i], 1);
     EmptyBarrier::init(&shared.do_empty[i], kWarps * Traits::kWarpgroups);
   }
-  for (int wg = 0; wg < Traits::kWarpgroups; ++wg)
-    for (int i = 0; i < Traits::kPieces; ++i) {
-      EmptyBarrier::init(&shared.dq_full[wg][i], kWarps);
-      EmptyBarrier::init(&shared.dq_empty[wg][i], 1);
-    }
+  for (int wg = 0; wg < Traits::kWarpgroups; ++wg) {
+    EmptyBarrier::init(&shared.dq_full[wg], kWarps);
+    EmptyBarrier::init(&shared.dq_empty[wg], 1);
+  }
   EmptyBarrier::init(&shared.p_full, kWarps);
   EmptyBarrier::init(&shared.p_empty, kWarps);
   for (int i = 0; i < Traits::kTile.ds_stages; ++i) {

@@ -46,7 +46,10 @@ class DqMainloop {
     issue_dq<Traits>(shared_.ds[ds_ring_.slot], shared_.k, chunk, dq);
     wait_product<0>(dq);
     if (last) arrive_warp(shared_.ds_empty[ds_ring_.slot]);
-    leave_dq<Traits>(shared_, adder, dq_phase_, dq);
+    EmptyBarrier::wait(&shared_.dq_empty[adder], dq_phase_);
+    put_chunk(dq, shared_.dq[adder]);
+    tma_store_fence();
+    arrive_warp(shared_.dq_full[adder]);
   }
 };
 

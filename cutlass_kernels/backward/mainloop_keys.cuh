@@ -103,8 +103,7 @@ class KeysMainloop {
     Chunk dq;
     issue_dq<Traits>(shared_.ds[ds_ring_.slot], shared_.k, warpgroup_, dq);
     wait_product<0>(dq);
-    leave_dq<Traits>(shared_, warpgroup_, dq_phase_, dq);
-    dq_phase_ ^= 1;
+    leave_dq(dq);
     ds_ring_.advance();
     if constexpr (!kMore) {
       warpgroup_fence_operand(dk_);
@@ -183,6 +182,15 @@ class KeysMainloop {
     issue_product(typename Traits::template MmaScores<kBlockM>{},
                   key_rows<Traits>(shared_.k, 64 * warpgroup_),
                   query_rows<Traits, kBlockM>(shared_.q[q_ring_.slot], 0), s_, false);
+  }
+
+  // Gives a chunk of dQ to the adding warp.
+  __device__ __forceinline__ void leave_dq(Chunk const& dq) {
+    EmptyBarrier::wait(&shared_.dq_empty[warpgroup_], dq_phase_);
+    dq_phase_ ^= 1;
+    put_chunk(dq, shared_.dq[warpgroup_]);
+    tma_store_fence();
+    arrive_warp(shared_.dq_full[warpgroup_]);
   }
 };
 

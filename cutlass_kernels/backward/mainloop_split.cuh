@@ -143,7 +143,10 @@ class SplitMainloop {
     issue_dq<Traits>(shared_.ds[0], shared_.k, 2 * kWarpgroup + kIndex, dq);
     wait_product<0>(dq);
     arrive_warp(done);
-    leave_dq<Traits>(shared_, kWarpgroup, kIndex ^ 1, dq);
+    EmptyBarrier::wait(&shared_.dq_empty[kWarpgroup], kIndex ^ 1);
+    put_chunk(dq, shared_.dq[kWarpgroup]);
+    tma_store_fence();
+    arrive_warp(shared_.dq_full[kWarpgroup]);
   }
 };
 

@@ -109,27 +109,13 @@ __device__ __forceinline__ void write_ds(Operand const& ds, Element* first_row, 
   }
 }
 
-// Octets [kFirst, kLast) of a chunk to shared memory in fragment order, 16 bytes a thread and octet of
-// columns.
-template <int kFirst = 0, int kLast = 8, class Chunk>
+// A chunk to shared memory in fragment order, 16 bytes a thread and octet of columns.
+template <class Chunk>
 __device__ __forceinline__ void put_chunk(Chunk const& x, float* to) {
   CUTE_UNROLL
-  for (int octet = kFirst; octet < kLast; ++octet)
+  for (int octet = 0; octet < 8; ++octet)
     reinterpret_cast<float4*>(to)[octet * 128 + threadIdx.x % 128] =
         make_float4(x(4 * octet), x(4 * octet + 1), x(4 * octet + 2), x(4 * octet + 3));
-}
-
-// Gives a chunk of dQ to the warp that adds warpgroup `adder`'s, piece by piece as their places are free.
-template <class Traits, class Chunk>
-__device__ __forceinline__ void leave_dq(typename Traits::SharedStorage& shared, int adder, uint32_t phase,
-                                         Chunk const& dq) {
-  constexpr int kOctets = 8 / Traits::kPieces;
-  for_each(make_int_sequence<Traits::kPieces>{}, [&](auto piece) {
-    EmptyBarrier::wait(&shared.dq_empty[adder][piece], phase);
-    put_chunk<piece * kOctets, (piece + 1) * kOctets>(dq, shared.dq[adder]);
-    tma_store_fence();
-    arrive_warp(shared.dq_full[adder][piece]);
-  });
 }
 
 }  // namespace hopper_fa

@@ -98,7 +98,6 @@ struct BackwardTraits {
   static constexpr int kParts = kBlockM / kPartQueries;
   static_assert(kBlockM % kPartQueries == 0 && kParts <= 2);
   static constexpr int kWarpgroupChunks = kChunks / kWarpgroups;
-  static constexpr int kPieces = kTile.dq_pieces, kPiece = kChunk / kPieces;  // of a chunk, and its floats
   static_assert(kChunks % kWarpgroups == 0 && kBlockM % 64 == 0 && kHeadDim % 64 == 0);
 
   // Blocks of Q, K, V and dO as TMA writes them: rows by head dim; and the same bytes transposed.
@@ -137,7 +136,7 @@ struct BackwardTraits {
     uint64_t k_full, v_full;
     uint64_t q_full[kTile.q_stages], q_empty[kTile.q_stages];
     uint64_t do_full[kTile.do_stages], do_empty[kTile.do_stages];
-    uint64_t dq_full[kWarpgroups][kPieces], dq_empty[kWarpgroups][kPieces];
+    uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
     uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit, kDqApart
   };
   static constexpr int kSharedBytes = backward_shared_memory(kTile);

@@ -29,8 +29,7 @@ struct ForwardTile {
   bool tma_store = false;  // the output leaves through the tile's Q stage and TMA
   int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
   int qk_parts = 1;  // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
-  bool key_vectors = false;   // 8-bit only: every key has a scale and a bias of its own
-  bool uniform_slot = false;  // 8-bit d256 only: the ring's slot goes to a uniform register once a block
+  bool key_vectors = false;  // 8-bit only: every key has a scale and a bias of its own
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -67,9 +66,6 @@ constexpr ForwardTile kForwardTiles[] = {
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
     {"fp8_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
-    // Not timed yet.
-    {"fp8_uniform", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2, 1, false,
-     true},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
@@ -128,7 +124,6 @@ struct BackwardTile {
   int consumer_registers;
   bool split;            // the two warpgroups share 64 keys: mainloop_split.cuh
   int dq_registers = 0;  // setmaxnreg of a warpgroup for dQ = dS K; 0: the computing ones multiply it
-  int dq_pieces = 1;     // that a chunk of dQ goes to global memory in; 2: one is filled while one is read
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
@@ -138,10 +133,6 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
     // Tried and slower (docs/notes/backward_log.md).
     {"no_dq_warpgroup", 64, 128, 128, 2, 2, 2, 24, 240, false},
-    // Not timed yet.
-    {"dq_pieces", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, 2},
-    {"dq_pieces", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, 2},
-    {"dq_pieces", 256, 64, 64, 2, 1, 1, 24, 240, true, 0, 2},
 };
 constexpr int kNumBackwardTiles = sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0]);
 

@@ -100,15 +100,12 @@ class Fp8Mainloop {
       read_q_scales();
       Scores s;
       int best[2];
-      // NOTE: d256 has its counters in vector registers, and there every descriptor comes to a uniform one by
-      // itself, 46 moves a block; through a shuffle the compiler knows that all of them are uniform.
-      int const k_slot = kTile.uniform_slot ? __shfl_sync(~0u, ring_.slot, 0) : ring_.slot;
       wait_block();
       // NOTE: else int8 keeps its counters in vector registers, and 100 bytes spill; at d128 it costs
       // registers.
       if constexpr (Traits::kHeadDim == 256) __syncwarp();
-      issue_half<0>(s, k_slot);
-      if constexpr (kQKParts == 2) issue_half<1>(s, k_slot);
+      issue_half<0>(s);
+      if constexpr (kQKParts == 2) issue_half<1>(s);
       baton_.pass();
       finish_half<0, kQKParts - 1>(s, best);
       if constexpr (kQKParts == 2) finish_half<1, 0>(s, best);
@@ -128,10 +125,8 @@ class Fp8Mainloop {
       warpgroup_fence_operand(p);
       wait_block();
       baton_.take_immediate();
-      int const next_slot = k_slot + 1 == Traits::kStages ? 0 : k_slot + 1;
-      int const v_slot = kTile.uniform_slot ? next_slot : ring_.slot;
       if constexpr (kTwoLevels)
-        add_product(p, alpha, v_slot);
+        add_product(p, alpha);
       else
         accumulate_product(p, alpha);
       release_slot(ring_.slot);
@@ -146,10 +141,10 @@ class Fp8Mainloop {
  private:
   // O = O alpha + P V, the product part by part of its columns, kInFlight parts in flight.
   template <class P>
-  __device__ __forceinline__ void add_product(P const& p, float const (&alpha)[2], int v_slot) {
+  __device__ __forceinline__ void add_product(P const& p, float const (&alpha)[2]) {
     Sums t;
     auto const issue = [&](auto part) {
-      if constexpr (part < kParts) issue_part<part>(t, p, v_slot);
+      if constexpr (part < kParts) issue_part<part>(t, p);
     };
     for_each(make_int_sequence<kInFlight>{}, issue);
     for_each(make_int_sequence<kParts>{}, [&](auto part) {
@@ -173,10 +168,10 @@ class Fp8Mainloop {
 
   // One part of the columns of P V of the block in v_slot.
   template <int kPart, class P>
-  __device__ __forceinline__ void issue_part(Sums& t, P const& p, int v_slot) {
+  __device__ __forceinline__ void issue_part(Sums& t, P const& p) {
     typename Traits::template MmaPV<kPart> mma;
     auto part = part_of<kPart>(t);
-    issue_product(mma, p, v_fragment<Traits, kPart>(shared_.kv[v_slot]), part, false);
+    issue_product(mma, p, v_fragment<Traits, kPart>(shared_.kv[ring_.slot]), part, false);
   }
   template <int kPart, class Sums>
   static __device__ __forceinline__ auto part_of(Sums& t) {
@@ -208,10 +203,10 @@ class Fp8Mainloop {
     return make_tensor(s.data() + kIndex * (kHalf / 2), Fragment{}.layout());
   }
   template <int kIndex>
-  __device__ __forceinline__ void issue_half(Scores& s, int k_slot) {
+  __device__ __forceinline__ void issue_half(Scores& s) {
     auto half = half_of<kIndex>(s);
     issue_product(typename Traits::MmaHalfQK{}, q_fragment<Traits>(shared_.q[q_ring_.slot][warpgroup_]),
-                  half_k_fragment<Traits, kIndex>(shared_.kv[k_slot]), half, false);
+                  half_k_fragment<Traits, kIndex>(shared_.kv[ring_.slot]), half, false);
   }
 
   // Waits for it, and follows the maxima.
