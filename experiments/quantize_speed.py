@@ -39,7 +39,7 @@ def subjects(shape: Shape, seed: int) -> dict[str, Subject]:
     heads = shape.heads * shape.batch
     default, fa3 = Fp8Recipe.default(), Fp8Recipe.fa3()
     k_mean, _ = quantize_kernels.token_stats(k)
-    v_mean, v_amax = quantize_kernels.token_stats(v, True, "channel")
+    v_mean, v_amax = quantize_kernels.token_stats(v, granularity="channel")
     e4m3 = v.to(torch.float8_e4m3fn)
     read, codes = q.nbytes, q.nbytes // 2  # of one tensor in 16 and in 8 bits
     v_codes = codes * (shape.head_dim + 8) // shape.head_dim
@@ -56,7 +56,7 @@ def subjects(shape: Shape, seed: int) -> dict[str, Subject]:
     return {
         "mean of K": Subject(lambda: quantize_kernels.token_stats(k), read + 2 * channel),
         "mean and maxima of V": Subject(
-            lambda: quantize_kernels.token_stats(v, True, "channel"), read + 6 * channel
+            lambda: quantize_kernels.token_stats(v, granularity="channel"), read + 6 * channel
         ),
         "Q, block scales": Subject(rows(q, default, True), read + codes + scores),
         "Q, token scales": Subject(rows(q, Fp8Recipe.accurate(), True), read + codes + 2 * scores),

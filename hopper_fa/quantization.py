@@ -19,6 +19,8 @@ ONES_ROWS = (
 )
 _CHUNK = 128  # tokens whose sum is formed first in a mean
 _LANES = 16  # sums a chunk, that are then added pairwise
+_SIXTEEN = 16  # columns that the rotation's first step mixes
+_KEPT_BITS = 25  # below the exponent of the largest of 16 terms, in that step
 # Below it a group is all zeros to us: it stays clear of denormal scales and of an infinite inverse.
 _SMALLEST_AMAX = 2.0**-100
 
@@ -40,8 +42,8 @@ class QuantizedQKV:
         q_scale: (batch, heads_q, q_groups) float32; row r of Q is q * q_scale[..., r // q_group_rows].
         k_scale: (batch, heads_kv, k_groups) float32, the same for keys and k_group_rows.
         v_scale: (batch, heads_kv, head_dim) float32, multiplies V and so the output.
-        v_mean: as v_scale, to be added to the output: V's mean (smooth_v) and that of V's rounding error
-            (compensate_v); None without both.
+        v_mean: as v_scale, to be added to the output: V's mean (smooth_v), or that of what rounding took from
+            V and its mean (compensate_v), or both; None without both.
         lse_shift: (batch, heads_q, seqlen_q) float32, q . mean(k): what smooth_k took out of every score of
             a row, before softmax_scale; None without smooth_k.
         key_bias: (batch, heads_q, seqlen_k) float32, mean(q) . (k - mean(k)): what smooth_q took out of the
@@ -145,30 +147,29 @@ def quantize_qkv(
     # (batch, heads, seqlen, head_dim) float32 from here on.
     q32, k32, v32 = (t.transpose(1, 2).float().contiguous() for t in (q, k, v))
 
-    lse_shift = key_bias = v_mean = None
+    lse_shift = key_bias = q_mean = k_mean = v_mean = signs = None
     if recipe.smooth_k:
-        k_mean = _token_mean(k32)
-        lse_shift = _dot(q32, k_mean.repeat_interleave(group, 1)[:, :, None])
-        k32 = k32 - k_mean[:, :, None]
+        k_mean = _token_mean(k32)[:, :, None]
+        lse_shift = _dot(q32, k_mean.repeat_interleave(group, 1))
     if recipe.smooth_q:
-        q_mean = _token_mean(q32)
-        key_bias = _dot(k32.repeat_interleave(group, 1), q_mean[:, :, None])
-        q32 = q32 - q_mean[:, :, None]
-    if recipe.smooth_v:
+        q_mean = _token_mean(q32)[:, :, None]
+        smoothed = k32 if k_mean is None else k32 - k_mean
+        key_bias = _dot(smoothed.repeat_interleave(group, 1), q_mean)
+    if recipe.smooth_v or recipe.compensate_v:
         v_mean = _token_mean(v32)
+    if recipe.smooth_v:
         v32 = v32 - v_mean[:, :, None]
     if recipe.rotation == "hadamard":
         signs = rotation_signs(head_dim, recipe.rotation_seed).to(q.device)
-        q32, k32 = rotate(q32, signs), rotate(k32, signs)
 
     limit = INT8_MAX if recipe.qk_dtype == "int8" else E4M3_MAX
-    q_codes, q_scale = _quantize_rows(q32, recipe.q_granularity, Q_BLOCK, limit, group)
-    k_codes, k_scale = _quantize_rows(k32, recipe.k_granularity, K_BLOCK, limit)
+    q_rows, k_rows = _rows(q32, q_mean, signs), _rows(k32, k_mean, signs)
+    q_codes, q_scale = _quantize_rows(*q_rows, recipe.q_granularity, Q_BLOCK, limit, group)
+    k_codes, k_scale = _quantize_rows(*k_rows, recipe.k_granularity, K_BLOCK, limit)
     v_scale, v_inverse = _v_scale(v32, recipe.v_granularity)
     v_codes = _to_e4m3(v32 * v_inverse[:, :, None])
     if recipe.compensate_v:
-        error = _token_mean(v32 - v_codes.float() * v_scale[:, :, None])
-        v_mean = error if v_mean is None else v_mean + error
+        v_mean = v_mean - v_scale * _code_mean(v_codes)
     return QuantizedQKV(
         q=_pad_channels(q_codes.transpose(1, 2)),
         k=_pad_channels(k_codes.transpose(1, 2)),
@@ -257,22 +258,71 @@ def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     """x (..., head_dim) float32 times the signs and an orthogonal matrix of Hadamard blocks.
 
-    The blocks are the powers of two that head_dim is the sum of, largest first (72 = 64 + 8). A block is
-    log2(size) steps (a, b) -> (a + b, a - b) at distances 1, 2, 4, ..., then one factor 1 / sqrt(size).
+    The blocks are the powers of two that head_dim is the sum of, largest first (72 = 64 + 8).
     """
-    parts, start = [], 0
-    x = x * signs
-    while start < x.shape[-1]:
-        size = 1 << ((x.shape[-1] - start).bit_length() - 1)
-        part = x[..., start : start + size]
-        distance = 1
+    rows, norm = _rows(x, None, signs)
+    return rows * norm
+
+
+def _rows(
+    x: torch.Tensor, mean: torch.Tensor | None, signs: torch.Tensor | None
+) -> tuple[torch.Tensor, float]:
+    """x (..., head_dim) float32 without its mean (None: 0), rotated unless signs is None; and a factor left.
+
+    If head_dim is one Hadamard block, its factor 1 / sqrt(head_dim) is left to the scales; otherwise every
+    element has its block's, and 1 is left. NOTE: x is rotated before the rotated mean is subtracted, so that
+    a tensor core can do the first steps on the 16-bit elements.
+    """
+    if signs is None:
+        return (x if mean is None else x - mean), 1.0
+    blocks = _hadamard_blocks(x.shape[-1])
+    rows = _butterflies(_mix_sixteens(x * signs), blocks, _SIXTEEN)
+    if mean is not None:
+        rows = rows - _butterflies(mean * signs, blocks, 1)
+    if len(blocks) == 1:
+        return rows, 1 / math.sqrt(blocks[0])
+    norms = [torch.full((size,), 1 / math.sqrt(size), device=x.device) for size in blocks]
+    return rows * torch.cat(norms), 1.0
+
+
+def _hadamard_blocks(head_dim: int) -> list[int]:
+    """The powers of two that head_dim is the sum of, largest first."""
+    return [1 << bit for bit in reversed(range(head_dim.bit_length())) if head_dim >> bit & 1]
+
+
+def _butterflies(x: torch.Tensor, blocks: list[int], first: int) -> torch.Tensor:
+    """Steps (a, b) -> (a + b, a - b) at distances first, 2 first, 4 first, ... within blocks of the columns."""
+    parts = []
+    for part, size in zip(x.split(blocks, -1), blocks, strict=True):
+        distance = first
         while distance < size:
             a, b = part.unflatten(-1, (-1, 2, distance)).unbind(-2)
             part = torch.stack((a + b, a - b), -2).flatten(-3)
             distance *= 2
-        parts.append(part * torch.tensor(1 / math.sqrt(size), dtype=torch.float32, device=x.device))
-        start += size
+        parts.append(part)
     return torch.cat(parts, -1)
+
+
+def _mix_sixteens(x: torch.Tensor) -> torch.Tensor:
+    """The steps at distances 1, 2, 4 and 8 at once, as a Hopper tensor core adds 16 products of 16 bits.
+
+    Measured (mma.sync m16n8k16, bf16 and fp16, accumulator 0): terms are cut toward zero at 25 bits below the
+    exponent of the largest, added exactly, and the sum is cut to float32. The last group is filled up with
+    zeros; of an 8-block in it the first 8 sums are right. What meets a NaN or an infinity becomes NaN.
+    """
+    head_dim = x.shape[-1]
+    x = torch.nn.functional.pad(x, (0, -head_dim % _SIXTEEN)).unflatten(-1, (-1, _SIXTEEN))
+    largest = x.abs().amax(-1, keepdim=True)
+    finite = largest.isfinite()
+    # In units of the lowest bit that is kept; frexp's exponent is one above the IEEE one.
+    shift = _KEPT_BITS + 1 - torch.where(finite, largest, 0.0).frexp().exponent
+    sums = (torch.where(finite, x, 0.0).double() * _power_of_two(shift)).trunc_()
+    sums = _butterflies(sums, [_SIXTEEN], 1)
+    rounded = sums.float()
+    too_large = rounded.double().abs() > sums.abs()
+    rounded = torch.where(too_large, rounded.nextafter(torch.zeros_like(rounded)), rounded)
+    rounded = (rounded.double() * _power_of_two(-shift)).float()
+    return torch.where(finite, rounded, float("nan")).flatten(-2)[..., :head_dim]
 
 
 def _token_mean(x: torch.Tensor) -> torch.Tensor:
@@ -294,6 +344,20 @@ def _token_mean(x: torch.Tensor) -> torch.Tensor:
     return total / torch.full_like(total, max(1, seqlen))
 
 
+def _code_mean(codes: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of e4m3 codes (batch, heads, seqlen, head_dim): (batch, heads, head_dim) float32.
+
+    NaN counts as 0. Of a chunk of 128 tokens, the sums over the even and over the odd groups of 16 are exact,
+    as multiples of 2^-9 up to 448 * 64; they are added, then come `_tree_sum` of the chunks and the division.
+    """
+    seqlen = codes.shape[2]
+    padding = (0, 0, 0, max(1, -(-seqlen // _CHUNK)) * _CHUNK - seqlen)
+    values = torch.nn.functional.pad(codes.float().nan_to_num_(0.0), padding)
+    sums = values.unflatten(2, (-1, 4, 2, 16)).sum((3, 5), dtype=torch.float64).float()
+    total = _tree_sum(sums[:, :, :, 0] + sums[:, :, :, 1], 2)
+    return total / torch.full_like(total, max(1, seqlen))
+
+
 def _tree_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Sum over `dim`: filled up with zeros to a power of two, then s[i] + s[i + half] until one is left."""
     size = 1 << (x.shape[dim] - 1).bit_length()
@@ -312,10 +376,18 @@ def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _tree_sum(x * y, -1)
 
 
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """2**exponent in float64, of integers within its range."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
 def _quantize_rows(
-    x: torch.Tensor, granularity: str, block: int, limit: float, group: int = 1
+    x: torch.Tensor, norm: float, granularity: str, block: int, limit: float, group: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of x (batch, heads, seqlen, head_dim), same shape, and scales (batch, heads, groups) float32."""
+    """Codes of x (batch, heads, seqlen, head_dim), same shape, and scales (batch, heads, groups) float32.
+
+    The codes times the scales are x times norm.
+    """
     seqlen = x.shape[2]
     shared = granularity not in ("token", "block")
     rows = max(1, seqlen) if shared else {"token": 1, "block": block}[granularity]
@@ -333,12 +405,13 @@ def _quantize_rows(
         return of_groups
 
     finite = x.isfinite()
-    scale, inverse = _scale_of(largest(torch.where(finite, x.abs(), 0.0).amax(-1)), limit)
-    scaled = x * inverse.repeat_interleave(rows, -1)[..., :seqlen, None]
+    scale, inverse = _scale_of(largest(torch.where(finite, x.abs(), 0.0).amax(-1)), limit, norm)
+    inverse = inverse.repeat_interleave(rows, -1)[..., :seqlen, None]
     if limit == E4M3_MAX:
-        return _to_e4m3(scaled), scale
+        return _to_e4m3(x * inverse), scale
     broken = largest((~finite).any(-1).float()) > 0
-    codes = torch.where(finite, scaled, 0.0).round_().clamp_(-INT8_MAX, INT8_MAX)
+    # NOTE: the exact product is rounded, once, as by an FMA that adds 1.5 * 2^23.
+    codes = torch.where(finite, x, 0.0).double().mul_(inverse.double()).round_()
     return codes.to(torch.int8), scale.masked_fill(broken, float("nan"))
 
 
@@ -357,12 +430,13 @@ def _v_scale(v: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Ten
     return _scale_of(amax, E4M3_MAX)
 
 
-def _scale_of(amax: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(amax / limit, limit / amax); both 1 where amax is below 2**-100, so that the codes become 0."""
+def _scale_of(amax: torch.Tensor, limit: float, norm: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(amax * norm / limit, limit / amax); both 1 where amax is below 2**-100, so that the codes become 0."""
     zero = amax < _SMALLEST_AMAX
     # NOTE: torch divides by (CUDA) or into (everywhere) a Python number by way of a rounded reciprocal.
     limits = torch.full_like(amax, limit)
-    return (amax / limits).masked_fill(zero, 1.0), (limits / amax).masked_fill(zero, 1.0)
+    norms = torch.full_like(amax, norm)
+    return (amax * norms / limits).masked_fill(zero, 1.0), (limits / amax).masked_fill(zero, 1.0)
 
 
 def _to_e4m3(x: torch.Tensor) -> torch.Tensor:

@@ -42,10 +42,11 @@ def quantize_qkv(
     k_codes, k_scale, key_bias = quantize_rows(k, recipe, k_mean, q_mean, group, queries=False)
     q_codes, q_scale, lse_shift = quantize_rows(q, recipe, q_mean, k_mean, group, queries=True)
     v_mean, v_amax = None, None
-    if recipe.smooth_v or recipe.v_granularity != "none":
+    with_mean = recipe.smooth_v or recipe.compensate_v
+    if with_mean or recipe.v_granularity != "none":
         granularity = None if recipe.v_granularity == "none" else recipe.v_granularity
-        v_mean, v_amax = token_stats(v, recipe.smooth_v, granularity)
-    v_codes, v_scale, v_mean = quantize_v(v, recipe, v_mean, v_amax)
+        v_mean, v_amax = token_stats(v, with_mean, recipe.smooth_v, granularity)
+    v_codes, v_scale = quantize_v(v, recipe, v_mean, v_amax)
     return QuantizedQKV(
         q=q_codes,
         k=k_codes,
@@ -64,17 +65,19 @@ def quantize_qkv(
 
 
 def token_stats(
-    x: torch.Tensor, mean: bool = True, granularity: str | None = None
+    x: torch.Tensor, mean: bool = True, smooth: bool = True, granularity: str | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Statistics over the tokens of x (batch, seqlen, heads, head_dim), bfloat16 or float16.
 
     Args:
-        mean: whether x is to be smoothed.
+        mean: whether it is wanted.
+        smooth: whether it is going to be subtracted from x; asks for mean.
         granularity: "tensor", "head", "channel": whose maxima are wanted; None: none.
 
     Returns:
-        mean (batch, heads, head_dim) float32, and the largest finite |x - mean| as float32 bits in int32:
-        (1,), (batch, heads) or (batch, heads, head_dim). None for what was not asked for.
+        mean (batch, heads, head_dim) float32, and the largest finite |x - mean| (of |x| without smooth) as
+        float32 bits in int32: (1,), (batch, heads) or (batch, heads, head_dim). None for what was not asked
+        for.
     """
     batch, seqlen, heads, head_dim = x.shape
     floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, granularity is not None)
@@ -85,7 +88,7 @@ def token_stats(
         shape = {"tensor": (1,), "head": (batch, heads)}.get(granularity, (batch, heads, head_dim))
         amax = torch.empty(shape, dtype=torch.int32, device=x.device)
     code = _C.GRANULARITIES[granularity or "none"]
-    _run(_C.token_stats, x, _pointer(workspace), _pointer(of_x), _pointer(amax), code)
+    _run(_C.token_stats, x, _pointer(workspace), _pointer(of_x), mean and smooth, _pointer(amax), code)
     return of_x, amax
 
 
@@ -137,36 +140,35 @@ def quantize_rows(
 
 def quantize_v(
     v: torch.Tensor, recipe: Fp8Recipe, mean: torch.Tensor | None, amax: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """V in e4m3 in the layout of `QuantizedQKV.v`, v_scale and v_mean (batch, heads, head_dim).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """V in e4m3 in the layout of `QuantizedQKV.v`, and v_scale (batch, heads, head_dim).
 
     Args:
         v: (batch, seqlen, heads, head_dim), bfloat16 or float16.
-        mean, amax: of `token_stats`; None without smoothing, and for granularity "none". The mean becomes
-            v_mean in its place.
+        mean, amax: of `token_stats`; None without smoothing and compensation, and for granularity "none". The
+            mean becomes v_mean in its place.
     """
     batch, seqlen, heads, head_dim = v.shape
     scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=v.device)
     out = _empty_v(v)
-    v_mean, error_mean, workspace = mean, None, None
+    workspace = None
     if recipe.compensate_v:
-        v_mean = error_mean = torch.empty_like(scale) if mean is None else mean
         floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, False)
         workspace = torch.empty(max(1, floats), dtype=torch.float32, device=v.device)
     # fmt: off
     _run(
-        _C.quantize_v, v, _pointer(mean), _pointer(amax), _C.GRANULARITIES[recipe.v_granularity],
-        _pointer(out), _pointer(scale), _pointer(error_mean), _pointer(workspace),
+        _C.quantize_v, v, _pointer(mean), recipe.smooth_v, recipe.compensate_v, _pointer(amax),
+        _C.GRANULARITIES[recipe.v_granularity], _pointer(out), _pointer(scale), _pointer(workspace),
     )
     # fmt: on
-    return out, scale, v_mean
+    return out, scale
 
 
 def transpose_v(v: torch.Tensor) -> torch.Tensor:
     """V (batch, seqlen, heads, head_dim) that is float8_e4m3fn already, in the layout of `QuantizedQKV.v`."""
     v = _aligned(v)
     out = _empty_v(v)
-    _run(_C.quantize_v, v, 0, 0, _C.GRANULARITIES["none"], _pointer(out), 0, 0, 0)
+    _run(_C.quantize_v, v, 0, False, False, 0, _C.GRANULARITIES["none"], _pointer(out), 0, 0)
     return out
 
 

@@ -269,11 +269,13 @@ void bind_quantize(py::module_& m) {
 
   m.def("token_stats", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
                           int batch, int seqlen, int heads, int head_dim, std::uintptr_t workspace,
-                          std::uintptr_t mean, std::uintptr_t amax, int granularity, std::uintptr_t stream) {
+                          std::uintptr_t mean, bool smooth, std::uintptr_t amax, int granularity,
+                          std::uintptr_t stream) {
     TokenStatsParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
     p.workspace = pointer<float>(workspace);
     p.mean = pointer<float>(mean);
+    p.smooth = smooth;
     p.amax = pointer<uint32_t>(amax);
     p.granularity = static_cast<Granularity>(granularity);
     return static_cast<int>(run_token_stats(p, pointer<CUstream_st>(stream)));
@@ -305,18 +307,19 @@ void bind_quantize(py::module_& m) {
   });
 
   m.def("quantize_v", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
-                         int batch, int seqlen, int heads, int head_dim, std::uintptr_t mean,
-                         std::uintptr_t amax, int granularity, std::uintptr_t out, std::uintptr_t scale,
-                         std::uintptr_t error_mean, std::uintptr_t error_workspace, std::uintptr_t stream) {
+                         int batch, int seqlen, int heads, int head_dim, std::uintptr_t mean, bool smooth,
+                         bool compensate, std::uintptr_t amax, int granularity, std::uintptr_t out,
+                         std::uintptr_t scale, std::uintptr_t workspace, std::uintptr_t stream) {
     QuantizeVParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
     p.mean = pointer<float>(mean);
+    p.smooth = smooth;
+    p.compensate = compensate;
     p.amax = pointer<uint32_t>(amax);
     p.granularity = static_cast<Granularity>(granularity);
     p.out = pointer<void>(out);
     p.scale = pointer<float>(scale);
-    p.error_mean = pointer<float>(error_mean);
-    p.error_workspace = pointer<float>(error_workspace);
+    p.workspace = pointer<float>(workspace);
     return static_cast<int>(run_quantize_v(p, pointer<CUstream_st>(stream)));
   });
 
@@ -326,7 +329,6 @@ void bind_quantize(py::module_& m) {
   m.def("key_mask", &key_mask);
   m.def("hadamard_block", &hadamard_block);
   m.def("hadamard_norm", &hadamard_norm);
-  m.def("row_threads", &row_threads);
   m.def("v_tile_groups", &v_tile_groups);
   m.def("v_slot", &v_slot);
   m.def("code_slot", &code_slot);

@@ -7,8 +7,8 @@
 namespace hopper_fa {
 
 // A thread holds 4 channels of 4 tokens in every 16 (a row of them at a time): those whose codes are a word
-// of V's layout (key_at), and four lanes of a mean. As many threads a chunk as a tile has channels; a warp
-// has 32 channels of 16 tokens.
+// of V's layout (key_at). As many threads a chunk as a tile has channels; a warp has 32 channels of 16
+// tokens, as rows and columns of a product's operand.
 template <int kThreads>
 struct ChunkPart {
   static constexpr int kColumns = kThreadColumns * kThreads;
@@ -18,29 +18,19 @@ struct ChunkPart {
 
   __device__ __forceinline__ ChunkPart() {
     int const index = threadIdx.x, thread = index % kColumns;
-    chunk = index / kColumns, quad = thread / 32 * 8 + thread % 8, word = thread / 8 % 4;
+    chunk = index / kColumns, quad = thread / 4, word = thread % 4;
   }
 
   // Of this thread's four tokens among 16.
   __device__ __forceinline__ int token(int i) const { return 2 * word + (i & 1) + 8 * (i >> 1); }
 };
 
-// The 16 lanes of a mean that the four threads of a quad hold, added as 16 -> 8 -> 4 -> 2 -> 1; in all four.
-__device__ __forceinline__ float add_lanes(float const (&lane)[4]) {
-  float s[2] = {lane[0] + lane[2], lane[1] + lane[3]};
-#pragma unroll
-  for (int step = 16; step >= 8; step /= 2)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) s[i] += __shfl_xor_sync(~0u, s[i], step);
-  return s[0] + s[1];
-}
-
-// Calls add(raw, g) for the 8 groups of 16 tokens of a chunk, in order: row i of raw is token(i), or 0 where
-// that is not among the first `tokens`. `rows` is this thread's first one.
+// Calls even(raw, g) or odd(raw, g) for the 8 groups of 16 tokens of a chunk, in order: row i of raw is
+// token(i), or 0 where that is not among the first `tokens`. `rows` is this thread's first one.
 // NOTE: two groups in turn, so that the loads of one are under way during the arithmetic of the other.
-template <bool kFull, class Part, class Add>
+template <bool kFull, class Part, class Even, class Odd>
 __device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t stride, int tokens,
-                                               Part const& part, Add&& add) {
+                                               Part const& part, Even&& even, Odd&& odd) {
   auto const load = [&](uint2(&raw)[4], int g) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -57,9 +47,9 @@ __device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t str
 #pragma unroll 1
   for (int g = 0; g < kGroups; g += 2) {
     load(raw[1], g + 1);
-    add(raw[0], g);
+    even(raw[0], g);
     if (g + 2 < kGroups) load(raw[0], g + 2);
-    add(raw[1], g + 1);
+    odd(raw[1], g + 1);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "common/device.h"
 #include "quantize/instance.h"
 #include "quantize/quantize_v.cuh"
 #include "quantize/rows.cuh"
@@ -39,7 +40,10 @@ void set_amax_strides(Arguments& args, Granularity granularity, int heads, int h
 template <DType kIn>
 Status launch_finish_stats(TokenStatsArguments const& args, int batch, cudaStream_t stream) {
   int64_t const ctas = int64_t(batch) * args.heads * ceil_div(args.head_dim, 32);
-  return launch<TokenStatsArguments>(finish_stats_kernel<kIn>, ctas, 1024, 0, stream, args);
+  constexpr int kFew = 8, kMany = 32;  // warps
+  bool const many = args.chunks > 32 * kFew;
+  auto const kernel = many ? finish_stats_kernel<kIn, kMany> : finish_stats_kernel<kIn, kFew>;
+  return launch<TokenStatsArguments>(kernel, ctas, 32 * (many ? kMany : kFew), 0, stream, args);
 }
 
 template <DType kIn>
@@ -57,7 +61,8 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.workspace = p.workspace;
   args.extremes = p.amax != nullptr;
   args.mean = p.mean;
-  args.add_to_mean = false;
+  args.smooth = p.smooth;
+  args.code_scale = nullptr;
   args.amax = p.amax;
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
 
@@ -77,11 +82,22 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   return launch_finish_stats<kIn>(args, in.batch, stream);
 }
 
+struct RowsLaunch {
+  void (*kernel)(RowsArguments);
+  int threads, shared, ctas_a_sm;
+};
+
+template <DType kIn, DType kOut, int kColumns>
+RowsLaunch rows_launch(int tile_rows) {
+  return {quantize_rows_kernel<kIn, kOut, kColumns>, tile_rows / WarpRows<kColumns>::kRows * 32,
+          rows_shared_bytes<kColumns>(tile_rows), rows_min_ctas(kColumns) * (kRowsCta / tile_rows)};
+}
+
 template <DType kIn, DType kOut>
-auto rows_kernel(int of_row) {
-  return of_row == 2   ? quantize_rows_kernel<kIn, kOut, 2>
-         : of_row == 4 ? quantize_rows_kernel<kIn, kOut, 4>
-                       : quantize_rows_kernel<kIn, kOut, 8>;
+RowsLaunch rows_launch(int columns, int tile_rows) {
+  return columns == 64    ? rows_launch<kIn, kOut, 64>(tile_rows)
+         : columns == 128 ? rows_launch<kIn, kOut, 128>(tile_rows)
+                          : rows_launch<kIn, kOut, 256>(tile_rows);
 }
 
 template <DType kIn>
@@ -116,25 +132,37 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   int const amaxes = in.heads / heads_a_amax;  // of a batch entry
   args.amax_batch = granularity == Granularity::kTensor ? 0 : amaxes;
 
-  int const of_row = row_threads(in.head_dim);
-  args.tile_rows = granularity == Granularity::kBlock ? p.rows_per_block : 256 / of_row;
+  int const columns = tile_columns(in.head_dim);
+  args.tile_rows = granularity == Granularity::kBlock ? p.rows_per_block : 64;
   if (in.seqlen == 0 && !given) return Status::kOk;  // one scale for all rows exists without rows too
   int const tiles = max_int(1, ceil_div(in.seqlen, args.tile_rows));
   args.tiles = make_quantize_tiles(in.heads, tiles);
-  int64_t const ctas = int64_t(in.batch) * in.heads * tiles;
-  int const threads = args.tile_rows * of_row;
-  auto const kernel = p.out_dtype == DType::kInt8 ? rows_kernel<kIn, DType::kInt8>(of_row)
-                                                  : rows_kernel<kIn, DType::kE4M3>(of_row);
+  int64_t const count = int64_t(in.batch) * in.heads * tiles;
+  if (count > 0x7fffffff) return Status::kInvalidArgument;
+  args.tile_count = static_cast<int>(count);
+  RowsLaunch const with = p.out_dtype == DType::kInt8
+                              ? rows_launch<kIn, DType::kInt8>(columns, args.tile_rows)
+                              : rows_launch<kIn, DType::kE4M3>(columns, args.tile_rows);
+  // NOTE: a multiple of the heads, so that a CTA's tiles are of one head, whose means it has.
+  int ctas = hopper_device().sms * with.ctas_a_sm;
+  if (ctas > in.heads) ctas -= ctas % in.heads;
+  ctas = min_int(ctas, args.tile_count);
+  if (cudaFuncSetAttribute(with.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, with.shared) !=
+      cudaSuccess)
+    return Status::kLaunchError;
+  auto const run = [&] {
+    return launch<RowsArguments>(with.kernel, ctas, with.threads, with.shared, stream, args);
+  };
   args.collect = given;
   if (given) {
     size_t const scales = granularity == Granularity::kTensor ? 1 : size_t(in.batch) * amaxes;
     if (cudaMemsetAsync(p.amax, 0, scales * 2 * sizeof(uint32_t), stream) != cudaSuccess)
       return Status::kLaunchError;
-    Status const status = launch<RowsArguments>(kernel, ctas, threads, 0, stream, args);
+    Status const status = run();
     if (status != Status::kOk) return status;
     args.collect = false;
   }
-  return launch<RowsArguments>(kernel, ctas, threads, 0, stream, args);
+  return run();
 }
 
 // V that is e4m3 already.
@@ -166,28 +194,29 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   args.head_stride = in.x.head_stride;
   args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
   args.chunks = ceil_div(in.seqlen, kStatsChunk);
-  int const of_row = row_threads(in.head_dim), chunks_a_cta = kVThreads / (kThreadColumns * of_row);
+  int const of_row = tile_columns(in.head_dim) / kThreadColumns;
+  int const chunks_a_cta = kVThreads / (kThreadColumns * of_row);
   int const tiles = max_int(1, ceil_div(args.chunks, chunks_a_cta));  // an empty sequence has scales
   args.tiles = make_quantize_tiles(in.heads, tiles);
-  args.mean = p.mean;
+  args.mean = p.smooth ? p.mean : nullptr;
   args.amax = p.amax;
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
   args.out = static_cast<uint8_t*>(p.out);
   args.scale = p.scale;
-  args.error_sums = p.error_mean ? p.error_workspace : nullptr;
+  args.code_sums = p.compensate ? p.workspace : nullptr;
   auto const kernel = of_row == 2   ? quantize_v_kernel<kIn, 2>
                       : of_row == 4 ? quantize_v_kernel<kIn, 4>
                                     : quantize_v_kernel<kIn, 8>;
   Status const status =
       launch<QuantizeVArguments>(kernel, int64_t(in.batch) * in.heads * tiles, kVThreads, 0, stream, args);
-  if (status != Status::kOk || !p.error_mean) return status;
-  TokenStatsArguments errors{};
-  errors.seqlen = in.seqlen, errors.heads = in.heads, errors.head_dim = in.head_dim;
-  errors.chunks = args.chunks;
-  errors.workspace = p.error_workspace;
-  errors.mean = p.error_mean;
-  errors.add_to_mean = p.error_mean == p.mean;
-  return launch_finish_stats<kIn>(errors, in.batch, stream);
+  if (status != Status::kOk || !p.compensate) return status;
+  TokenStatsArguments codes{};
+  codes.seqlen = in.seqlen, codes.heads = in.heads, codes.head_dim = in.head_dim;
+  codes.chunks = args.chunks;
+  codes.workspace = p.workspace;
+  codes.mean = p.mean;
+  codes.code_scale = p.scale;
+  return launch_finish_stats<kIn>(codes, in.batch, stream);
 }
 
 template <DType kIn>

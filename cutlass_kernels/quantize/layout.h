@@ -13,7 +13,8 @@ constexpr int kStatsLanes = 16;   // sums a chunk, which are then added pairwise
 constexpr int kKeyGroup = 16;     // keys that are permuted among themselves in V
 constexpr int kOnesRows = 8;      // rows of V below the channels, the first of them ones
 constexpr int kMaxHeadDim = 256;
-constexpr int kThreadColumns = 32;  // of a row of Q or K, in four octets
+constexpr int kThreadColumns = 32;  // channels of V that a thread stands for: of a chunk, kThreads * 32
+constexpr int kRotateGroup = 16;    // columns that one product of the rotation mixes
 
 // Channels that the attention kernel's tile has.
 HOPPER_FA_HOST_DEVICE int tile_columns(int head_dim) {
@@ -51,9 +52,6 @@ HOPPER_FA_HOST_DEVICE float hadamard_norm(int block) {
          : block == 256 ? 0.0625f
                         : 1.f;
 }
-
-// Threads that share a row of Q or K: 2, 4 or 8. Thread t of them holds the octets t + j * threads, j = 0..3.
-HOPPER_FA_HOST_DEVICE int row_threads(int head_dim) { return tile_columns(head_dim) / kThreadColumns; }
 
 constexpr int kVThreads = 256;  // of a CTA that rounds V
 

@@ -66,9 +66,10 @@ struct Scale {
   float scale, inverse;
 };
 
-__device__ __forceinline__ Scale scale_of(float amax, float limit) {
+// norm: a factor that the elements still lack.
+__device__ __forceinline__ Scale scale_of(float amax, float limit, float norm = 1.f) {
   if (amax < kSmallestAmax) return {1.f, 1.f};
-  return {__fdiv_rn(amax, limit), __fdiv_rn(limit, amax)};
+  return {__fdiv_rn(__fmul_rn(amax, norm), limit), __fdiv_rn(limit, amax)};
 }
 
 // To the nearest e4m3, saturating; NaN to 0x7f. The first value is the lowest byte.
@@ -79,17 +80,19 @@ __device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) 
   return to_e4m3(a, b) | to_e4m3(c, d) << 16;
 }
 
-__device__ __forceinline__ float2 from_e4m3(uint32_t codes) {
-  return __half22float2(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3));
+// Two codes as two halves in a word.
+__device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t codes) {
+  __half2_raw const halves = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+  return halves.x | uint32_t(halves.y) << 16;
 }
 
-// Four values of magnitude at most 127.4 to the nearest integers, ties to even.
-__device__ __forceinline__ uint32_t to_int8(float a, float b, float c, float d) {
-  // NOTE: adding 1.5 * 2^23 leaves the integer in the low byte; a conversion instruction has a quarter of the
-  // rate.
-  auto const rounded = [](float x) { return __float_as_uint(__fadd_rn(x, 12582912.f)); };
-  uint32_t const low = __byte_perm(rounded(a), rounded(b), 0x0040);
-  uint32_t const high = __byte_perm(rounded(c), rounded(d), 0x0040);
+// Four values times a factor, of magnitude at most 127.4, to the nearest integers, ties to even.
+__device__ __forceinline__ uint32_t to_int8(float const (&x)[4], float factor) {
+  // NOTE: adding 1.5 * 2^23 rounds the exact product and leaves the integer in the low byte; a conversion
+  // instruction has a quarter of the rate.
+  auto const rounded = [factor](float x) { return __float_as_uint(__fmaf_rn(x, factor, 12582912.f)); };
+  uint32_t const low = __byte_perm(rounded(x[0]), rounded(x[1]), 0x0040);
+  uint32_t const high = __byte_perm(rounded(x[2]), rounded(x[3]), 0x0040);
   return __byte_perm(low, high, 0x5410);
 }
 

@@ -54,7 +54,8 @@ int64_t token_stats_workspace(int batch, int seqlen, int heads, int head_dim, bo
 }
 
 Status run_token_stats(TokenStatsParams const& p, CUstream_st* stream) {
-  return run(p, &QuantizeInstance::token_stats, !p.amax || is_v_granularity(p.granularity), stream);
+  bool const fits = (!p.amax || is_v_granularity(p.granularity)) && (p.mean || !p.smooth);
+  return run(p, &QuantizeInstance::token_stats, fits, stream);
 }
 
 Status run_quantize_rows(QuantizeRowsParams const& p, CUstream_st* stream) {
@@ -72,7 +73,8 @@ Status run_quantize_rows(QuantizeRowsParams const& p, CUstream_st* stream) {
 Status run_quantize_v(QuantizeVParams const& p, CUstream_st* stream) {
   bool const moves = p.in.dtype == DType::kE4M3;
   bool const fits = (p.amax ? is_v_granularity(p.granularity) : p.granularity == Granularity::kNone) &&
-                    (moves ? !p.mean && !p.amax && !p.error_mean : p.scale != nullptr);
+                    (moves ? !p.mean && !p.amax : p.scale != nullptr) &&
+                    (p.mean || !p.smooth && !p.compensate) && (p.workspace || !p.compensate);
   return run(p, &QuantizeInstance::v, fits, stream);
 }
 

@@ -5,9 +5,9 @@
 // zeros. 16k tokens x 2048 channels: 101 MB + 2 MB, 26 us at 4 TB/s.
 //
 // A thread rounds four keys of four channels, the keys that are a word of the layout, so that the permutation
-// is the choice of the register a byte comes from; and their lanes of the mean rounding error, which are a
-// mean over tokens as any other (token_stats.cuh). It does so for the 8 groups of a chunk, one after the
-// other, as the sums want it. Shared memory only gathers a channel's words into lines.
+// is the choice of the register a byte comes from. It does so for the 8 groups of a chunk, one after the
+// other. Shared memory only gathers a channel's words into lines. The sums of a chunk's codes, which say what
+// rounding did to a channel's mean, are products with ones on the tensor cores; they are exact.
 #pragma once
 
 #include <type_traits>
@@ -26,25 +26,34 @@ struct QuantizeVArguments {
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
   uint8_t* out;
   float* scale;
-  float* error_sums;  // (batch, heads, chunks of 128 keys, head_dim), of the rounding errors; may be null
+  float* code_sums;  // (batch, heads, chunks of 128 keys, head_dim), of the codes' values; may be null
 };
 
-// What the arithmetic needs of a channel, in shared memory.
-struct alignas(16) VChannel {
-  float mean, scale, inverse, unused;
+// What the arithmetic needs of a channel.
+struct VChannel {
+  float mean, inverse;
 };
 
-// NOTE: threads read every fourth channel at once; the gaps spread them over the banks.
-__device__ __forceinline__ int channel_slot(int channel) { return channel + channel / 4; }
+// Adds the codes' values of 16 keys to the sums of two channels a thread quad: first of each pair in d[0] and
+// d[1], second in d[2] and d[3]. Operand rows are channels, columns keys, in some order. The sums are exact:
+// multiples of 2^-9, at most 448 * 64.
+__device__ __forceinline__ void add_codes(float (&d)[4], uint32_t first_low, uint32_t second_low,
+                                          uint32_t first_high, uint32_t second_high) {
+  constexpr uint32_t kOnes = 0x3c003c00;
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(first_low), "r"(second_low), "r"(first_high), "r"(second_high), "r"(kOnes));
+}
 
 template <int kThreads>
 struct VShared {
   uint4 codes[ChunkPart<kThreads>::kChunks][ChunkPart<kThreads>::kColumns * 8];  // code_slot(channel, group)
-  VChannel channels[ChunkPart<kThreads>::kColumns * 5 / 4];
+  VChannel channels[ChunkPart<kThreads>::kColumns];
 };
 
-// Chunk `chunk` of a head, by the threads of `part`: codes into shared memory, sums of errors out.
-template <DType kIn, bool kErrors, bool kFull, class Part>
+// Chunk `chunk` of a head, by the threads of `part`: codes into shared memory, their sums out.
+template <DType kIn, bool kSums, bool kFull, class Part>
 __device__ __forceinline__ void round_chunk(QuantizeVArguments const& args, Part const& part,
                                             VChannel const* channels, uint4* codes, QuantizeTile const& tile,
                                             int chunk) {
@@ -53,72 +62,62 @@ __device__ __forceinline__ void round_chunk(QuantizeVArguments const& args, Part
   int const mine = works ? tokens : 0;
   auto const v = args.v + tile.batch * args.batch_stride + tile.head * args.head_stride +
                  (first + 2 * part.word) * args.row_stride + 4 * part.quad;
-  VChannel const* const channel = channels + channel_slot(4 * part.quad);
-  float sum[4][4];  // (channel, lane)
+  VChannel of[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) of[c] = channels[4 * part.quad + c];
+  float sum[2][2][4];  // [parity of the group][pair of channels]
 
   // Keys 16 g ... of the chunk. filter: sums only, without what is not finite.
-  auto const round = [&](uint2 const(&raw)[4], int g, bool filter) {
-    int const keys = mine - g * kKeyGroup;
-    uint32_t const mask = kFull ? ~0u : key_mask(part.word, keys);
+  auto const round = [&](uint2 const(&raw)[4], int g, float (&group_sum)[2][4], bool filter) {
+    uint32_t const mask = kFull ? ~0u : key_mask(part.word, mine - g * kKeyGroup);
+    uint32_t words[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      VChannel const of = channel[c];
-      float x[4], y[4];
+      float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float2 const pair = unpack<kIn>(c < 2 ? raw[i].x : raw[i].y);
-        x[i] = (c % 2 ? pair.y : pair.x) - of.mean;
-        y[i] = x[i] * of.inverse;
+        y[i] = ((c % 2 ? pair.y : pair.x) - of[c].mean) * of[c].inverse;
         y[i] = __fmaf_rn(y[i], 0.f, y[i]);  // what is not finite becomes NaN
+        if (filter && !is_finite(y[i])) y[i] = 0.f;
       }
-      uint32_t const low = to_e4m3(y[0], y[1]), high = to_e4m3(y[2], y[3]);
+      words[c] = to_e4m3(y[0], y[1], y[2], y[3]) & mask;
       if (!filter && works)
-        reinterpret_cast<uint32_t*>(codes + code_slot(4 * part.quad + c, g))[part.word] =
-            (low | high << 16) & mask;
-      if constexpr (kErrors) {
-        float2 const code_of[2] = {from_e4m3(low), from_e4m3(high)};
+        reinterpret_cast<uint32_t*>(codes + code_slot(4 * part.quad + c, g))[part.word] = words[c];
+    }
+    if constexpr (kSums) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float const code = i % 2 ? code_of[i / 2].y : code_of[i / 2].x;
-          float error = __fsub_rn(x[i], __fmul_rn(code, of.scale));
-          if (!kFull && part.token(i) >= keys || filter && !is_finite(error)) error = 0.f;
-          sum[c][i] += error;
-        }
-      }
+      for (int c = 0; c < 4; c += 2)
+        add_codes(group_sum[c / 2], halves_of_e4m3(words[c]), halves_of_e4m3(words[c + 1]),
+                  halves_of_e4m3(words[c] >> 16), halves_of_e4m3(words[c + 1] >> 16));
     }
   };
   auto const round_all = [&](bool filter) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[c][i] = -0.f;  // -0 + x is x, for -0 too
-    for_each_group<kFull>(v, args.row_stride, mine, part,
-                          [&](uint2 const(&raw)[4], int g) { round(raw, g, filter); });
+    for (int i = 0; i < 16; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.f;
+    for_each_group<kFull>(
+        v, args.row_stride, mine, part, [&](uint2 const(&raw)[4], int g) { round(raw, g, sum[0], filter); },
+        [&](uint2 const(&raw)[4], int g) { round(raw, g, sum[1], filter); });
   };
 
   round_all(false);
-  if constexpr (kErrors) {
-    // A NaN or infinity stays in its sum, so finite sums need no second look.
-    bool finite = true;
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) finite = finite && is_finite(sum[c][i]);
-    if (!finite) round_all(true);
-    float4 sums;
-    sums.x = add_lanes(sum[0]), sums.y = add_lanes(sum[1]);
-    sums.z = add_lanes(sum[2]), sums.w = add_lanes(sum[3]);
+  if constexpr (kSums) {
+    auto const total = [&](int c) { return sum[0][c / 2][2 * (c % 2)] + sum[1][c / 2][2 * (c % 2)]; };
+    // A NaN stays in its sum, so finite sums need no second look.
+    // NOTE: a warp's threads look again together, as its products want them.
+    bool const finite = is_finite(total(0) + total(1) + total(2) + total(3));
+    if (__any_sync(~0u, works && !finite)) round_all(true);
     if (part.word == 0 && works && tokens > 0) {
       int64_t const at = static_cast<int64_t>(tile.batch * args.heads + tile.head) * args.chunks + chunk;
-      *reinterpret_cast<float4*>(args.error_sums + at * args.head_dim + 4 * part.quad) = sums;
+      *reinterpret_cast<float4*>(args.code_sums + at * args.head_dim + 4 * part.quad) =
+          make_float4(total(0), total(1), total(2), total(3));
     }
   }
 }
 
 // A CTA: as many chunks as it has threads for. kThreads: a tile has 32 * kThreads channels.
-// NOTE: two CTAs an SM: with three (80 registers) a compensated V takes 48 us instead of 44.
 template <DType kIn, int kThreads>
-__global__ void __launch_bounds__(kVThreads, 2)
+__global__ void __launch_bounds__(kVThreads, 3)
     quantize_v_kernel(__grid_constant__ QuantizeVArguments const args) {
   __shared__ VShared<kThreads> shared;
   wait_for_stream();
@@ -134,19 +133,17 @@ __global__ void __launch_bounds__(kVThreads, 2)
       scale = scale_of(__uint_as_float(args.amax[at]), kE4M3Max);
     }
     if (tile.block == 0) args.scale[head_channels + c] = scale.scale;
-    VChannel& channel = shared.channels[channel_slot(c)];
-    channel.mean = args.mean ? args.mean[head_channels + c] : 0.f;
-    channel.scale = scale.scale, channel.inverse = scale.inverse;
+    shared.channels[c] = {args.mean ? args.mean[head_channels + c] : 0.f, scale.inverse};
   }
   __syncthreads();
 
   int const chunk = tile.block * part.kChunks + part.chunk;
   bool const full = part.kColumns == args.head_dim && (chunk + 1) * kStatsChunk <= args.seqlen;
-  auto const round = [&](auto errors, auto is_full) {
-    round_chunk<kIn, errors.value, is_full.value>(args, part, shared.channels, shared.codes[part.chunk], tile,
-                                                  chunk);
+  auto const round = [&](auto sums, auto is_full) {
+    round_chunk<kIn, sums.value, is_full.value>(args, part, shared.channels, shared.codes[part.chunk], tile,
+                                                chunk);
   };
-  if (args.error_sums) {
+  if (args.code_sums) {
     full ? round(std::true_type{}, std::true_type{}) : round(std::true_type{}, std::false_type{});
   } else {
     full ? round(std::false_type{}, std::true_type{}) : round(std::false_type{}, std::false_type{});

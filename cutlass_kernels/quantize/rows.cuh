@@ -1,20 +1,15 @@
-// Q and K: smoothing, rotation, scale and rounding of rows, in registers from load to store.
+// Q and K: rotation, smoothing, scale and rounding of rows, in registers from load to rounding.
 //
 // Roofline: 2 bytes read and 1 written an element. 16k tokens x 2048 channels: 101 MB, 25 us at 4 TB/s, for Q
-// and again for K; scales of a head, group or tensor read everything twice: 42 us. Issue slots come close, so
-// loads, arithmetic and stores of different CTAs must overlap; 64 registers keep 1024 threads on an SM. With
-// mean, rotation and int8 at head dim 128 a thread issues about 860 instructions for its 32 elements (SASS):
-// first addresses and loads 90, mean 120, signs 55, butterflies 190 and 64 shuffles, norm and maximum 64,
-// scale 60, rounding and stores 170. That is 31 us at 1.75 GHz: issue binds there, memory without the
-// rotation.
+// and again for K; scales of a head, group or tensor read everything twice: 42 us. Issue slots for the 64
+// elements of a thread, int8 with rotation and mean: loads and signs 90, products 16 (tensor cores: 100
+// clocks), butterflies 192, mean 72, maximum 64, rounding 112, stores 40, all else 80: 670, which is 12 us at
+// 1.75 GHz. So memory binds, as long as loads, arithmetic and stores of different CTAs overlap.
 //
-// A row belongs to 2, 4 or 8 threads (head dims 64, 128, 256) with 32 columns each: octets t, t + threads,
-// ... Distances 1, 2, 4 of a butterfly are inside an octet, the next ones between threads, the last two
-// between a thread's octets.
+// A warp has 16 rows (8 of 256 columns), a thread 32 columns of two rows (64 of one): WarpRows.
 #pragma once
 
-#include "quantize/layout.h"
-#include "quantize/numerics.cuh"
+#include "quantize/rotate.cuh"
 
 namespace hopper_fa {
 
@@ -24,7 +19,8 @@ struct RowsArguments {
   uint16_t const* x;
   int64_t batch_stride, row_stride, head_stride;
   int seqlen, heads, head_dim;
-  int tile_rows;        // rows a CTA
+  int tile_rows;  // rows a CTA
+  int tile_count;
   QuantizeTiles tiles;  // all CTAs; tiles.blocks.divisor of them cover a sequence
   float const* mean;
   bool rotate;
@@ -43,271 +39,283 @@ struct RowsArguments {
   float* scale;
 };
 
-// A thread's 32 columns: x[j][i] is column 8 * (lane + kThreads * j) + i.
-template <int kThreads>
-struct RowPart {
-  float x[4][8];
-  int lane, head_dim;
+constexpr int kRowsCta = 128;  // rows of the largest CTA
 
-  __device__ __forceinline__ int column(int j) const { return 8 * (lane + kThreads * j); }
+template <int kColumns>
+struct RowsShared {
+  static constexpr int kRows = WarpRows<kColumns>::kRows;
+  static constexpr int kSlots = kColumns / 16;  // of 16 codes, in a row
 
-  template <class F>
-  __device__ __forceinline__ void for_each(F&& f) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) f(x[j][i]);
-  }
-
-  // This thread's first elements of a float32 vector of head_dim elements.
-  __device__ __forceinline__ float4 const* start_of(float const* vector) const {
-    return reinterpret_cast<float4 const*>(vector) + 2 * lane;
-  }
-
-  // Octet j of a vector that starts at `start`; 0 past head_dim.
-  __device__ __forceinline__ void octet_of(float4 const* start, int j, float (&v)[8]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float4 w = make_float4(0, 0, 0, 0);
-      if (column(j) < head_dim) w = __ldg(start + 2 * kThreads * j + i);
-      v[4 * i] = w.x, v[4 * i + 1] = w.y, v[4 * i + 2] = w.z, v[4 * i + 3] = w.w;
-    }
-  }
-
-  // The octets as they were loaded, minus a vector unless that is null.
-  // NOTE: one octet at a time, so that the vector's elements are not all in registers beside the row's.
-  template <DType kIn>
-  __device__ __forceinline__ void unpack_less(uint4 const (&raw)[4], float const* vector) {
-    float4 const* const start = start_of(vector);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t const words[4] = {raw[j].x, raw[j].y, raw[j].z, raw[j].w};
-      float v[8];
-      if (vector) octet_of(start, j, v);
-#pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        float2 const pair = unpack<kIn>(words[i / 2]);
-        x[j][i] = vector ? pair.x - v[i] : pair.x;
-        x[j][i + 1] = vector ? pair.y - v[i + 1] : pair.y;
-      }
-    }
-  }
-
-  // Product of the whole row with a vector, in every thread of the row.
-  __device__ __forceinline__ float dot(float const* vector) {
-    float4 const* const start = start_of(vector);
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float v[8];
-      octet_of(start, j, v);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum += x[j][i] * v[i];
-    }
-#pragma unroll
-    for (int step = 1; step < kThreads; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    return sum;
-  }
-
-  // kWhole: head_dim is one block, 32 * kThreads.
-  template <bool kWhole>
-  __device__ __forceinline__ void rotate(uint8_t const (&signs)[32]) {
-    auto const block = [&](int j) { return kWhole ? 32 * kThreads : hadamard_block(column(j), head_dim); };
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      uint32_t const bits = signs[column(j) / 8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[j][i] = bits >> i & 1 ? -x[j][i] : x[j][i];
-#pragma unroll
-      for (int distance = 1; distance < 8; distance *= 2)
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (!(i & distance)) butterfly(x[j][i], x[j][i + distance]);
-    }
-#pragma unroll
-    for (int step = 1; step < kThreads; step *= 2) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        // a + b below, a - b above. NOTE: what has no partner adds -0, which changes no bit; a branch around
-        // each addition made the compiler hold all shuffled values at once, and spill.
-        bool const joined = 8 * step < block(j);
-        float const own = joined && (lane & step) ? -1.f : 1.f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float const other = __shfl_xor_sync(~0u, x[j][i], step);
-          x[j][i] = fmaf(x[j][i], own, joined ? other : -0.f);
-        }
-      }
-    }
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (!(j & step) && 8 * kThreads * step < block(j))
-#pragma unroll
-          for (int i = 0; i < 8; ++i) butterfly(x[j][i], x[j + step][i]);
-    if constexpr (!kWhole || kThreads == 4) {  // else the norm is a power of two: see norm_left
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float const norm = hadamard_norm(block(j));
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[j][i] *= norm;
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void butterfly(float& a, float& b) {
-    float const sum = a + b;
-    b = a - b;
-    a = sum;
-  }
+  // NOTE: slots behind a row, so that threads of different rows meet different banks.
+  struct Warp {
+    uint4 raw[kRows][kColumns / 8 + 2];  // of the next tile, once this one's is in registers
+    uint4 codes[kRows][kSlots + 1];
+  };
+  alignas(16) float mean[kColumns], other[kColumns], scratch[kColumns];
+  alignas(16) uint32_t signs[kColumns / 2];
+  uint32_t of_warps[2][32];
+  Warp warps[kRowsCta / kRows];
 };
 
-template <DType kIn, DType kOut, int kThreads>
-__global__ void __launch_bounds__(128 * kThreads, 8 / kThreads)
-    quantize_rows_kernel(__grid_constant__ RowsArguments const args) {
+// CTAs of kRowsCta rows that an SM shall hold.
+constexpr int rows_min_ctas(int columns) { return columns == 64 ? 3 : columns == 128 ? 2 : 1; }
+
+// Bytes of shared memory for a CTA of `rows` rows.
+template <int kColumns>
+constexpr int rows_shared_bytes(int rows) {
+  using Shared = RowsShared<kColumns>;
+  return sizeof(Shared) - (kRowsCta - rows) / Shared::kRows * sizeof(typename Shared::Warp);
+}
+
+// 16 bytes to shared memory, zeros in place of what does not exist.
+__device__ __forceinline__ void copy_async(uint4* to, void const* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A warp's rows of a tile from global into shared memory; returns at once.
+template <int kColumns, class Warp>
+__device__ __forceinline__ void fetch_rows(RowsArguments const& args, int tile_index, int warp, Warp& to) {
+  constexpr int kOctets = kColumns / 8, kRows = WarpRows<kColumns>::kRows;
+  QuantizeTile const tile = args.tiles.get(tile_index);
+  int const lane = threadIdx.x % 32, octet = lane % kOctets, first = lane / kOctets;
+  int const row = tile.block * args.tile_rows + warp * kRows + first;
+  uint16_t const* from = args.x + tile.batch * args.batch_stride + tile.head * args.head_stride +
+                         row * args.row_stride + 8 * octet;
+  int64_t const step = 32 / kOctets * args.row_stride;
+  int const rows = 8 * octet < args.head_dim ? args.seqlen - row : 0;  // from this thread's first one on
+#pragma unroll
+  for (int r = 0; r < kRows; r += 32 / kOctets, from += step)
+    copy_async(&to.raw[first + r][octet], from, r < rows);
+}
+
+// One tile, of which this warp's rows are on their way to own.raw.
+template <DType kIn, DType kOut, int kColumns>
+__device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared<kColumns>& shared,
+                                           typename RowsShared<kColumns>::Warp& own_shared, int tile_index,
+                                           int parity, int& vectors_of) {
+  using Rows = WarpRows<kColumns>;
+  constexpr int kOwn = Rows::kOwn, kGroups = Rows::kGroups;
   constexpr bool kInt8 = kOut == DType::kInt8;
   constexpr float kLimit = kInt8 ? kInt8Max : kE4M3Max;
-  __shared__ uint32_t of_warps[32];
-  wait_for_stream();
-  // NOTE: last tile first: what an earlier pass over the tensor read last may still lie in L2.
-  QuantizeTile const tile = args.tiles.get(gridDim.x - 1 - blockIdx.x);
-  int const row_in_tile = threadIdx.x / kThreads;
-  int const row = tile.block * args.tile_rows + row_in_tile;
-  bool const exists = row < args.seqlen;
+  QuantizeTile const tile = args.tiles.get(tile_index);
   int const head_batch = tile.batch * args.heads + tile.head;
-
-  RowPart<kThreads> part;
-  part.lane = threadIdx.x % kThreads;
-  part.head_dim = args.head_dim;
-  uint4 raw[4];
-  {
-    auto const x = reinterpret_cast<uint4 const*>(args.x + tile.batch * args.batch_stride +
-                                                  tile.head * args.head_stride + row * args.row_stride) +
-                   part.lane;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      raw[j] = make_uint4(0, 0, 0, 0);
-      if (exists && part.column(j) < args.head_dim) raw[j] = __ldg(x + kThreads * j);
-    }
-  }
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int const first_row = tile.block * args.tile_rows + warp * Rows::kRows;  // of the warp
+  bool const whole = args.head_dim == kColumns;
+  Rows rows;
+  auto const row_of = [&](int own) { return first_row + rows.row + 8 * own; };
+  auto const exists = [&](int own) { return row_of(own) < args.seqlen; };
 
   bool const with_dots = args.other_mean && !args.collect;
-  if (with_dots && args.queries) {
-    int const other = tile.batch * args.heads_kv + args.q_heads_per_kv.quotient(tile.head);
-    part.template unpack_less<kIn>(raw, nullptr);
-    float const dot = part.dot(args.other_mean + static_cast<int64_t>(other) * args.head_dim);
-    if (exists && part.lane == 0) args.dots[static_cast<int64_t>(head_batch) * args.seqlen + row] = dot;
+  auto const share = [&](float const* vectors, int64_t index, bool squared, float* to) {
+    share_vector<kColumns>(vectors + index * args.head_dim, args.head_dim, args.rotate, args.signs, squared,
+                           shared.scratch, to);
+  };
+  if (vectors_of != head_batch) {
+    __syncthreads();
+    if (args.mean) share(args.mean, head_batch, false, shared.mean);
+    if (with_dots && args.queries) {
+      __syncthreads();  // both use the scratch
+      share(args.other_mean, tile.batch * args.heads_kv + args.q_heads_per_kv.quotient(tile.head), true,
+            shared.other);
+    }
+    __syncthreads();
+    vectors_of = head_batch;
   }
-  if (args.mean)
-    part.template unpack_less<kIn>(raw, args.mean + static_cast<int64_t>(head_batch) * args.head_dim);
-  else
-    part.template unpack_less<kIn>(raw, nullptr);
+
+  wait_for_copies();
+  __syncwarp();
+  uint2 raw[2][kGroups];
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j)
+      raw[h][j] = reinterpret_cast<uint2 const*>(
+          own_shared.raw[rows.row + (Rows::kHalves ? 0 : 8 * h)])[rows.column(h, j) / 4];
+  __syncwarp();
+  if (tile_index >= static_cast<int>(gridDim.x))
+    fetch_rows<kColumns>(args, tile_index - gridDim.x, warp, own_shared);
+
+  if (args.rotate) {
+    if (whole)
+      rotate_rows<kIn, true>(rows, raw, shared.signs, args.head_dim);
+    else
+      rotate_rows<kIn, false>(rows, raw, shared.signs, args.head_dim);
+  } else {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        float2 const low = unpack<kIn>(raw[h][j].x), high = unpack<kIn>(raw[h][j].y);
+        float (&x)[4] = rows.x[h][j];
+        x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+      }
+  }
+
+  // Products of the own rows with the vector in shared.other, the query head's `dot_head` of all.
+  auto const write_dots = [&](int64_t dot_head) {
+    float sum[kOwn] = {};
+    rows.with_vector(shared.other, [&](float& x, float v, int own) { sum[own] += x * v; });
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      sum[own] += __shfl_xor_sync(~0u, sum[own], 1);
+      sum[own] += __shfl_xor_sync(~0u, sum[own], 2);
+      if (exists(own) && lane % 4 == 0) args.dots[dot_head * args.seqlen + row_of(own)] = sum[own];
+    }
+  };
+  if (with_dots && args.queries) write_dots(head_batch);
+  if (args.mean) rows.with_vector(shared.mean, [](float& x, float v, int) { x = x - v; });
   if (with_dots && !args.queries) {
     int const group = args.q_heads_per_kv.divisor;
     for (int i = 0; i < group; ++i) {
-      int64_t const other = static_cast<int64_t>(head_batch) * group + i;
-      float const dot = part.dot(args.other_mean + other * args.head_dim);
-      if (exists && part.lane == 0) args.dots[other * args.seqlen + row] = dot;
+      int64_t const query_head = static_cast<int64_t>(head_batch) * group + i;
+      __syncthreads();
+      share(args.other_mean, query_head, true, shared.other);
+      __syncthreads();
+      write_dots(query_head);
     }
   }
-  if (args.rotate) {
-    if (args.head_dim == 32 * kThreads)
-      part.template rotate<true>(args.signs);
-    else
-      part.template rotate<false>(args.signs);
+  // The blocks' factors; that of a single block goes into the scale. Nothing past head_dim.
+  bool const single = (args.head_dim & (args.head_dim - 1)) == 0;
+  float const norm_left = args.rotate && single ? hadamard_norm(args.head_dim) : 1.f;
+  if (!whole) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) {
+        int const column = rows.column(h, j);
+        float const norm =
+            args.rotate && !single ? hadamard_norm(hadamard_block(column, args.head_dim)) : 1.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& x = rows.x[h][j][i];
+          x = column < args.head_dim ? x * norm : 0.f;
+        }
+      }
   }
 
-  // NOTE: a factor that is a power of two changes no bit of a code, so it goes into the scale.
-  bool const whole = args.head_dim == 32 * kThreads;
-  float const norm_left = args.rotate && whole && kThreads != 4 ? hadamard_norm(32 * kThreads) : 1.f;
-
-  // Largest finite magnitude of the thread's columns, and whether there is another kind.
-  float largest = 0;
-  part.for_each([&](float& x) { largest = max_nan(largest, fabsf(x)); });
-  bool const broken = exists && !is_finite(largest);
-  if (broken) {
-    largest = 0;
-    part.for_each([&](float& x) { largest = is_finite(x) ? fmaxf(largest, fabsf(x)) : largest; });
-    // What is not finite becomes NaN in e4m3 and 0 in int8, which has the NaN in its scale.
-    part.for_each([&](float& x) { x = is_finite(x) ? x : kInt8 ? 0.f : NAN; });
+  // Largest finite magnitude of the own rows' columns, and whether there is another kind.
+  uint32_t amax[kOwn];  // bits of floats >= 0 are ordered as the floats are
+  bool broken[kOwn];
+#pragma unroll
+  for (int own = 0; own < kOwn; ++own) {
+    float largest = 0;
+    rows.for_row(own, [&](float& x) { largest = max_nan(largest, fabsf(x)); });
+    broken[own] = exists(own) && !is_finite(largest);
+    if (broken[own]) {
+      largest = 0;
+      rows.for_row(own, [&](float& x) { largest = is_finite(x) ? fmaxf(largest, fabsf(x)) : largest; });
+      // What is not finite becomes NaN in e4m3 and 0 in int8, which has the NaN in its scale.
+      rows.for_row(own, [&](float& x) { x = is_finite(x) ? x : kInt8 ? 0.f : NAN; });
+    }
+    amax[own] = exists(own) ? __float_as_uint(largest) : 0;
   }
-  uint32_t amax =
-      exists ? __float_as_uint(largest * norm_left) : 0;  // bits of floats >= 0 are ordered as the floats are
-  bool group_broken;
 
   int64_t const index =
       static_cast<int64_t>(tile.batch) * args.amax_batch + args.heads_a_amax.quotient(tile.head);
-  int const warp_lane = threadIdx.x % 32;
   if (args.scale_of == ScaleOf::kRow) {
-    for (int step = 1; step < kThreads; step *= 2) amax = max(amax, __shfl_xor_sync(~0u, amax, step));
-    uint32_t const of_row = (1u << kThreads) - 1;
-    group_broken = __ballot_sync(~0u, broken) >> (warp_lane - part.lane) & of_row;
-  } else if (args.scale_of == ScaleOf::kTile || args.collect) {
-    amax = __reduce_max_sync(~0u, amax);
-    if (warp_lane == 0) of_warps[threadIdx.x / 32] = amax;
-    group_broken = __syncthreads_or(broken);
-    amax = __reduce_max_sync(~0u, warp_lane < blockDim.x / 32 ? of_warps[warp_lane] : 0u);
-    if (args.collect) {
-      if (threadIdx.x == 0) {
-        atomicMax(args.amax + 2 * index, amax);
-        if (group_broken) atomicOr(args.amax + 2 * index + 1, 1u);
-      }
-      return;
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      amax[own] = max(amax[own], __shfl_xor_sync(~0u, amax[own], 1));
+      amax[own] = max(amax[own], __shfl_xor_sync(~0u, amax[own], 2));
+      broken[own] = __ballot_sync(~0u, broken[own]) >> (lane & ~3) & 0xf;
     }
   } else {
-    amax = args.amax[2 * index];
-    group_broken = args.amax[2 * index + 1];
+    uint32_t of_tile = amax[0];
+    bool tile_broken = broken[0];
+    if constexpr (kOwn == 2) of_tile = max(of_tile, amax[1]), tile_broken = tile_broken || broken[1];
+    if (args.scale_of == ScaleOf::kTile || args.collect) {
+      of_tile = __reduce_max_sync(~0u, of_tile);
+      if (lane == 0) shared.of_warps[parity][warp] = of_tile;
+      tile_broken = __syncthreads_or(tile_broken);
+      of_tile = __reduce_max_sync(~0u, lane < blockDim.x / 32 ? shared.of_warps[parity][lane] : 0u);
+      if (args.collect) {
+        if (threadIdx.x == 0) {
+          atomicMax(args.amax + 2 * index, of_tile);
+          if (tile_broken) atomicOr(args.amax + 2 * index + 1, 1u);
+        }
+        return;
+      }
+    } else {
+      of_tile = args.amax[2 * index];
+      tile_broken = args.amax[2 * index + 1];
+    }
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) amax[own] = of_tile, broken[own] = tile_broken;
   }
 
-  Scale const scale = scale_of(__uint_as_float(amax), kLimit);
-  bool const writes_scale = args.scale_of == ScaleOf::kRow    ? exists && part.lane == 0
-                            : args.scale_of == ScaleOf::kTile ? threadIdx.x == 0
-                                                              : threadIdx.x == 0 && tile.block == 0;
-  if (writes_scale) {
-    int64_t const at = args.scale_of == ScaleOf::kRow ? static_cast<int64_t>(head_batch) * args.seqlen + row
-                       : args.scale_of == ScaleOf::kTile
-                           ? static_cast<int64_t>(head_batch) * args.tiles.blocks.divisor + tile.block
-                           : head_batch;
-    args.scale[at] = kInt8 && group_broken ? NAN : scale.scale;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    int const own = Rows::kHalves ? 0 : h;
+    Scale const scale = scale_of(__uint_as_float(amax[own]), kLimit, norm_left);
+    bool const writes = args.scale_of == ScaleOf::kRow    ? exists(own) && lane % 4 == 0
+                        : args.scale_of == ScaleOf::kTile ? threadIdx.x == 0
+                                                          : threadIdx.x == 0 && tile.block == 0;
+    if (writes) {
+      int64_t const at = args.scale_of == ScaleOf::kRow
+                             ? static_cast<int64_t>(head_batch) * args.seqlen + row_of(own)
+                         : args.scale_of == ScaleOf::kTile
+                             ? static_cast<int64_t>(head_batch) * args.tiles.blocks.divisor + tile.block
+                             : head_batch;
+      args.scale[at] = kInt8 && broken[own] ? NAN : scale.scale;
+    }
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      float const(&x)[4] = rows.x[h][j];
+      uint32_t codes;
+      if constexpr (kInt8) {
+        codes = to_int8(x, scale.inverse);
+      } else {
+        float y[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y[i] = x[i] * scale.inverse;
+        codes = to_e4m3(y[0], y[1], y[2], y[3]);
+      }
+      int const slot = Rows::group(h, j);
+      reinterpret_cast<uint32_t*>(&own_shared.codes[rows.row + 8 * own][slot])[lane % 4] = codes;
+    }
   }
+  __syncwarp();
 
   int const pitch = (args.head_dim + 15) / 16 * 16;
   uint8_t* const out =
-      args.out + ((static_cast<int64_t>(tile.batch) * args.seqlen + row) * args.heads + tile.head) * pitch;
-  float const inverse = scale.inverse * norm_left;
-  uint32_t codes[4][2];
+      args.out +
+      ((static_cast<int64_t>(tile.batch) * args.seqlen + first_row) * args.heads + tile.head) * pitch;
+  constexpr int kSlots = RowsShared<kColumns>::kSlots;
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float y[4];
-    // NOTE: not contracted with the addition that rounds to int8.
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[i] = __fmul_rn(part.x[j][4 * half + i], inverse);
-      codes[j][half] = kInt8 ? to_int8(y[0], y[1], y[2], y[3]) : to_e4m3(y[0], y[1], y[2], y[3]);
-    }
-  if constexpr (kThreads >= 4) {  // octets of four threads are a sector of 32 bytes
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (exists && part.column(j) < pitch)
-        __stcs(reinterpret_cast<uint2*>(out + part.column(j)), make_uint2(codes[j][0], codes[j][1]));
-  } else {
-    // Two threads swap octets: each ends with two that lie side by side, 16 bytes, twice.
-    bool const odd = part.lane & 1;
-#pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-      uint32_t received[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        received[half] = __shfl_xor_sync(~0u, odd ? codes[j][half] : codes[j + 1][half], 1);
-      int const column = 8 * ((part.lane & ~1) + kThreads * (j + odd));
-      if (exists && column < pitch)
-        __stcs(reinterpret_cast<uint4*>(out + column),
-               odd ? make_uint4(received[0], received[1], codes[j + 1][0], codes[j + 1][1])
-                   : make_uint4(codes[j][0], codes[j][1], received[0], received[1]));
-    }
+  for (int i = lane; i < Rows::kRows * kSlots; i += 32) {
+    int const row = i / kSlots, slot = i % kSlots;
+    if (first_row + row < args.seqlen && (whole || 16 * slot < pitch))
+      __stcs(reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * args.heads * pitch + 16 * slot),
+             own_shared.codes[row][slot]);
   }
+  __syncwarp();
+}
+
+// A persistent grid; a CTA's tiles are gridDim.x apart.
+template <DType kIn, DType kOut, int kColumns>
+__global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, rows_min_ctas(kColumns))
+    quantize_rows_kernel(__grid_constant__ RowsArguments const args) {
+  extern __shared__ uint4 rows_shared[];
+  auto& shared = reinterpret_cast<RowsShared<kColumns>&>(rows_shared);
+  wait_for_stream();
+  int const warp = threadIdx.x / 32;
+  auto& own = shared.warps[warp];
+  // NOTE: last tile first: what an earlier pass over the tensor read last may still lie in L2.
+  int index = args.tile_count - 1 - static_cast<int>(blockIdx.x);
+  fetch_rows<kColumns>(args, index, warp, own);
+  if (args.rotate && threadIdx.x < kColumns / 2) {
+    uint32_t const two = args.signs[threadIdx.x / 4] >> (2 * threadIdx.x % 8);
+    shared.signs[threadIdx.x] = (two & 1) << 15 | (two & 2) << 30;
+  }
+  int vectors_of = -1;  // head and batch whose vectors are in shared memory
+  for (int parity = 0; index >= 0; index -= gridDim.x, parity ^= 1)
+    round_tile<kIn, kOut>(args, shared, own, index, parity, vectors_of);
 }
 
 }  // namespace hopper_fa

@@ -22,7 +22,8 @@ struct TokenStatsArguments {
   float* workspace;
   bool extremes;
   float* mean;
-  bool add_to_mean;
+  bool smooth;
+  float const* code_scale;  // the sums are of codes that it belongs to: mean loses scale times theirs
   uint32_t* amax;
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
 };
@@ -147,13 +148,13 @@ __global__ void __launch_bounds__(512, 2)
   }
 }
 
-// A CTA: 32 channels of one head; warp w has the chunks w + 32 j. The chunk sums, filled up with zeros to a
-// power of two, are added by a[i] + a[i + half] until one is left. kIn: whose translation unit's copy this
+// A CTA: 32 channels of one head; warp w has the chunks w + kWarps j. The chunk sums, filled up with zeros to
+// a power of two, are added by a[i] + a[i + half] until one is left. kIn: whose translation unit's copy this
 // is.
-template <DType kIn>
-__global__ void __launch_bounds__(1024)
+// NOTE: small CTAs where they suffice, because many fit beside what runs before them.
+template <DType kIn, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps)
     finish_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
-  constexpr int kWarps = 32;
   wait_for_stream();
   __shared__ float shared[3][kWarps][32];
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -167,13 +168,13 @@ __global__ void __launch_bounds__(1024)
 
   int size = 1, left = args.chunks;  // size: what `left` sums are filled up to
   while (size < left) size *= 2;
-  // Above 1024 chunks the first steps go through memory, where no thread reads what another has written.
+  // Above 32 a warp the first steps go through memory, where no thread reads what another has written.
   for (; size > kWarps * 32; size /= 2, left = min_int(left, size)) {
     int const half = size / 2;
     for (int i = warp; i < half && exists; i += kWarps)
       sums[at(i)] = sums[at(i)] + (i + half < left ? sums[at(i + half)] : 0.f);
   }
-  // Then 32 a thread. Its sums are the ones that the tree joins down to distance 32.
+  // Then 32 a thread. Its sums are the ones that the tree joins down to distance kWarps.
   float x[32];
 #pragma unroll
   for (int j = 0; j < 32; ++j) {
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(1024)
   if (args.extremes) {
     auto const lows = reinterpret_cast<uint16_t const*>(args.workspace + args.partials) + base;
     uint32_t low = kInfinities<kIn>, high = kInfinities<kIn> | 0x80008000u;
-#pragma unroll 8
+#pragma unroll 4
     for (int chunk = warp; chunk < args.chunks && exists; chunk += kWarps) {
       low = min_halves<kIn>(low, lows[at(chunk)]);
       high = max_halves<kIn>(high, lows[args.partials + at(chunk)]);
@@ -197,21 +198,20 @@ __global__ void __launch_bounds__(1024)
 
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) x[w] = shared[0][w][lane];
-  tree_sum(x, size);
-  float mean = 0;
-  if (args.mean) {
-    mean = __fdiv_rn(x[0], static_cast<float>(max_int(1, args.seqlen)));
-    float& of_channel =
-        args.mean[static_cast<int64_t>(head_batch) * args.head_dim + min_int(channel, args.head_dim - 1)];
-    if (exists) of_channel = args.add_to_mean ? of_channel + mean : mean;
+  tree_sum(x, min_int(size, kWarps));
+  float const mean = __fdiv_rn(x[0], static_cast<float>(max_int(1, args.seqlen)));
+  if (args.mean && exists) {
+    int64_t const at = static_cast<int64_t>(head_batch) * args.head_dim + channel;
+    args.mean[at] = args.code_scale ? __fsub_rn(args.mean[at], __fmul_rn(args.code_scale[at], mean)) : mean;
   }
   if (!args.extremes) return;
+  float const centre = args.smooth ? mean : 0.f;
   float low = INFINITY, high = -INFINITY;
   for (int w = 0; w < kWarps; ++w)
     low = fminf(low, shared[1][w][lane]), high = fmaxf(high, shared[2][w][lane]);
   // Rounding is monotonic, so this is the maximum of the rounded |x - mean|; 0 where nothing is finite.
   // NOTE: not where an x - mean overflows, which takes elements beyond half of BF16's range.
-  float const amax = low <= high && is_finite(mean) ? fmaxf(high - mean, mean - low) : 0.f;
+  float const amax = low <= high && is_finite(centre) ? fmaxf(high - centre, centre - low) : 0.f;
   uint32_t const bits = exists ? __float_as_uint(amax) : 0;
   int const head = head_batch % args.heads, batch = head_batch / args.heads;
   uint32_t* const to =

@@ -45,12 +45,6 @@ def test_hadamard_blocks_are_those_of_quantization(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_row_threads_hold_every_column(head_dim: int) -> None:
-    threads = _C.row_threads(head_dim)
-    assert threads in (2, 4, 8) and 32 * threads == _C.tile_columns(head_dim) >= head_dim
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_v_slots(head_dim: int) -> None:
     """Every (channel, group) has a slot of its own, and no eight threads meet in a bank."""
     groups = _C.v_tile_groups(head_dim)

@@ -53,6 +53,8 @@ def assert_same(ours: QuantizedQKV, expected: QuantizedQKV) -> None:
         a, b = getattr(ours, name), getattr(expected, name)
         assert (a is None) == (b is None), name
         if b is not None and b.numel():
+            # What is not finite may be so in another way: the kernels' sums are over rotated elements.
+            a, b = (torch.where(t.isfinite(), t, float("nan")) for t in (a, b))
             largest = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest + 1e-4, equal_nan=True)
 
@@ -166,5 +168,5 @@ def test_more_than_2_to_31_elements(dtype: torch.dtype, seed: int) -> None:
     assert torch.equal(bits(ours[:, -200:]), bits(expected.q))
     assert torch.equal(scale[..., -200:], expected.q_scale)
     del ours, scale
-    codes, *_ = quantize_kernels.quantize_v(whole, recipe, None, None)
+    codes, _ = quantize_kernels.quantize_v(whole, recipe, None, None)
     assert torch.equal(bits(codes[:, -1, :128, -208:]), bits(expected.v[:, -1, :128]))

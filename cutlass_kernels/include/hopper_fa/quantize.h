@@ -25,9 +25,10 @@ struct QuantizeInput {
 struct TokenStatsParams {
   QuantizeInput in;  // bf16 or fp16
   float* workspace;  // token_stats_workspace floats
-  float* mean;       // (batch, heads, head_dim), written; null: x is not smoothed, its mean counts as 0
-  // Written: the largest finite |x - mean| as float bits; null: not wanted. kTensor: one, kHead: (batch,
-  // heads), kChannel: (batch, heads, head_dim).
+  float* mean;       // (batch, heads, head_dim), written; null: not wanted
+  bool smooth;       // x is going to be smoothed: amax is of x - mean
+  // Written: the largest finite |x| or |x - mean| as float bits; null: not wanted. kTensor: one, kHead:
+  // (batch, heads), kChannel: (batch, heads, head_dim).
   uint32_t* amax;
   Granularity granularity;
 };
@@ -53,15 +54,14 @@ struct QuantizeRowsParams {
 
 struct QuantizeVParams {
   QuantizeInput in;      // bf16, fp16; or e4m3, whose bytes are only moved
-  float const* mean;     // (batch, heads, head_dim), subtracted; null: no smoothing
+  float* mean;           // (batch, heads, head_dim), of run_token_stats; null: neither of the two below
+  bool smooth;           // it is subtracted from V
+  bool compensate;       // then it loses the mean of what attention will see of V, scale * codes
   uint32_t const* amax;  // of run_token_stats; null with kNone
   Granularity granularity;
   void* out;     // (batch, heads, tile_d + 8, seqlen rounded up to 16), keys permuted; tile_d: 64, 128 or 256
   float* scale;  // (batch, heads, head_dim), written; null for e4m3
-  // (batch, heads, head_dim): the mean rounding error is added to it if it is `mean`, and written to it
-  // otherwise; null: not wanted.
-  float* error_mean;
-  float* error_workspace;  // token_stats_workspace floats, for error_mean
+  float* workspace;  // token_stats_workspace floats; null without compensate
 };
 
 Status run_token_stats(TokenStatsParams const& params, CUstream_st* stream);

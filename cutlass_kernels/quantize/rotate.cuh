@@ -1,0 +1,185 @@
+// The rotation of rows of Q and K: random signs, then Hadamard blocks.
+//
+// A Hadamard matrix of size 2^n is a step (a, b) -> (a + b, a - b) for each bit of the column. Bits 0 to 3
+// are one product with the 16 x 16 matrix on the tensor cores, whose operand are the 16-bit elements
+// themselves; the bits above are between registers of a thread. quantization.py has the rounding of that
+// product.
+#pragma once
+
+#include "quantize/layout.h"
+#include "quantize/numerics.cuh"
+
+namespace hopper_fa {
+
+// A warp's rows, 16 of them or 8 of 256 columns. Register half h is row lane / 4 + 8 h, or of 256 columns
+// half h of row lane / 4. In every group of 16 columns the thread has columns 4 t to 4 t + 3, t = lane % 4:
+// x[h][j][i] is column(h, j) + i.
+template <int kColumns>
+struct WarpRows {
+  static constexpr bool kHalves = kColumns == 256;
+  static constexpr int kRows = kHalves ? 8 : 16;  // of a warp
+  static constexpr int kOwn = kHalves ? 1 : 2;    // rows a thread has a part of
+  static constexpr int kGroups = kColumns / (kHalves ? 2 : 1) / kRotateGroup;
+
+  float x[2][kGroups][4];
+  int row, quad;  // first row in the warp's, column in a group
+
+  __device__ __forceinline__ WarpRows() : row(threadIdx.x % 32 / 4), quad(4 * (threadIdx.x % 4)) {}
+
+  static __device__ __forceinline__ int group(int h, int j) { return j + (kHalves ? h * kGroups : 0); }
+  __device__ __forceinline__ int column(int h, int j) const { return kRotateGroup * group(h, j) + quad; }
+
+  // f(element) for those of own row r.
+  template <class F>
+  __device__ __forceinline__ void for_row(int r, F&& f) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (kHalves || h == r)
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) f(x[h][j][i]);
+  }
+
+  // f(element, that column's element of a vector in shared memory, own row).
+  template <class F>
+  __device__ __forceinline__ void with_vector(float const* vector, F&& f) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float4 const v = *reinterpret_cast<float4 const*>(vector + column(h, j));
+        int const r = kHalves ? 0 : h;
+        f(x[h][j][0], v.x, r), f(x[h][j][1], v.y, r), f(x[h][j][2], v.z, r), f(x[h][j][3], v.w, r);
+      }
+  }
+};
+
+// The 16 x 16 Hadamard matrix as B of two products m16n8k16.
+// NOTE: element i of B's register of half k is column 4 t + 2 k + i of the input, and of D's of product n
+// column 4 t + 2 n + i of the output, so that a thread gets the columns that it has.
+template <DType kDType>
+struct HadamardOperand {
+  uint32_t b[2][2];  // [product][k half]
+
+  __device__ __forceinline__ HadamardOperand() {
+    constexpr uint32_t kOne = kDType == DType::kBF16 ? 0x3f80 : 0x3c00;
+    int const lane = threadIdx.x % 32, t = lane % 4, n = lane / 4;
+#pragma unroll
+    for (int product = 0; product < 2; ++product)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const out = 4 * (n / 2) + 2 * product + n % 2, in = 4 * t + 2 * half;
+        auto const entry = [&](int k) { return kOne | uint32_t(__popc(k & out) & 1) << 15; };
+        b[product][half] = entry(in) | entry(in + 1) << 16;
+      }
+  }
+
+  // Elements 2 n, 2 n + 1 of both rows from the elements of both rows, two in a word.
+  template <int kProduct>
+  __device__ __forceinline__ void multiply(uint2 row0, uint2 row1, float (&d0)[4], float (&d1)[4]) const {
+    float& a = d0[2 * kProduct];
+    float& c = d1[2 * kProduct];
+    float zero = 0.f;
+    if constexpr (kDType == DType::kBF16)
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%10, %10, %10, %10};"
+          : "=f"(a), "=f"(d0[2 * kProduct + 1]), "=f"(c), "=f"(d1[2 * kProduct + 1])
+          : "r"(row0.x), "r"(row1.x), "r"(row0.y), "r"(row1.y), "r"(b[kProduct][0]), "r"(b[kProduct][1]),
+            "f"(zero));
+    else
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%10, %10, %10, %10};"
+          : "=f"(a), "=f"(d0[2 * kProduct + 1]), "=f"(c), "=f"(d1[2 * kProduct + 1])
+          : "r"(row0.x), "r"(row1.x), "r"(row0.y), "r"(row1.y), "r"(b[kProduct][0]), "r"(b[kProduct][1]),
+            "f"(zero));
+  }
+};
+
+__device__ __forceinline__ void butterfly(float& a, float& b) {
+  float const sum = a + b;
+  b = a - b;
+  a = sum;
+}
+
+// x from raw 16-bit elements, rotated, without the blocks' factors. signs: of two columns a word, in their
+// elements' sign bits. kWhole: head_dim is kColumns.
+template <DType kDType, bool kWhole, int kColumns>
+__device__ __forceinline__ void rotate_rows(WarpRows<kColumns>& rows,
+                                            uint2 const (&raw)[2][WarpRows<kColumns>::kGroups],
+                                            uint32_t const* signs, int head_dim) {
+  using Rows = WarpRows<kColumns>;
+  HadamardOperand<kDType> const matrix;
+  auto& x = rows.x;
+#pragma unroll
+  for (int j = 0; j < Rows::kGroups; ++j) {
+    uint2 signed_raw[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint2 const sign = *reinterpret_cast<uint2 const*>(signs + rows.column(h, j) / 2);
+      signed_raw[h] = make_uint2(raw[h][j].x ^ sign.x, raw[h][j].y ^ sign.y);
+    }
+    matrix.template multiply<0>(signed_raw[0], signed_raw[1], x[0][j], x[1][j]);
+    matrix.template multiply<1>(signed_raw[0], signed_raw[1], x[0][j], x[1][j]);
+  }
+  auto const joined = [&](int group, int step) {
+    return kWhole || kRotateGroup * step < hadamard_block(kRotateGroup * group, head_dim);
+  };
+#pragma unroll
+  for (int step = 1; step < Rows::kGroups; step *= 2)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int j = 0; j < Rows::kGroups; ++j)
+        if (!(j & step) && joined(Rows::group(h, j), step))
+#pragma unroll
+          for (int i = 0; i < 4; ++i) butterfly(x[h][j][i], x[h][j + step][i]);
+  if constexpr (Rows::kHalves) {
+#pragma unroll
+    for (int j = 0; j < Rows::kGroups; ++j)
+      if (joined(j, Rows::kGroups))
+#pragma unroll
+        for (int i = 0; i < 4; ++i) butterfly(x[0][j][i], x[1][j][i]);
+  }
+}
+
+// A float32 vector of head_dim elements into shared memory, zeros behind it; if it is to be rotated, by steps
+// at distances 1, 2, 4, ... . All threads of the CTA, at least kColumns of them, which then synchronise.
+// squared: with the squares of the blocks' factors, as products of two rotated vectors want them.
+template <int kColumns>
+__device__ __forceinline__ void share_vector(float const* vector, int head_dim, bool rotated,
+                                             uint8_t const (&signs)[32], bool squared, float* scratch,
+                                             float* shared) {
+  int const c = threadIdx.x;
+  float v = c < head_dim ? vector[c] : 0.f;
+  if (!rotated) {
+    if (c < kColumns) shared[c] = v;
+    return;
+  }
+  int const block = hadamard_block(c, head_dim);
+  if (c < head_dim && signs[c / 8] >> c % 8 & 1) v = -v;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    float const other = __shfl_xor_sync(~0u, v, distance);
+    if (distance < block) v = c & distance ? other - v : v + other;
+  }
+  if (c < kColumns) scratch[c] = v;
+  __syncthreads();
+  if (c >= kColumns) return;
+  constexpr int kWarps = kColumns / 32;
+  float w[kWarps];
+#pragma unroll
+  for (int k = 0; k < kWarps; ++k) w[k] = scratch[c % 32 + 32 * k];
+  // Only what leads to this column's sum.
+#pragma unroll
+  for (int left = kWarps / 2, distance = 32; left >= 1; left /= 2, distance *= 2)
+#pragma unroll
+    for (int k = 0; k < left; ++k) {
+      float const low = w[2 * k], high = w[2 * k + 1];
+      w[k] = distance < block ? (c & distance ? low - high : low + high) : c & distance ? high : low;
+    }
+  v = w[0];
+  shared[c] = squared && c < head_dim ? v * (1.f / block) : v;
+}
+
+}  // namespace hopper_fa
