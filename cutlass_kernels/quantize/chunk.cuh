@@ -9,9 +9,8 @@ namespace hopper_fa {
 // A thread holds 4 channels of 4 tokens in every 16 (a row of them at a time): those whose codes are a word
 // of V's layout (key_at). As many threads a chunk as a tile has channels; a warp has 32 channels of 16
 // tokens, as rows and columns of a product's operand.
-template <int kThreads>
+template <int kColumns>
 struct ChunkPart {
-  static constexpr int kColumns = kThreadColumns * kThreads;
   static constexpr int kChunks = kVThreads / kColumns;  // a CTA's
 
   int chunk, quad, word;  // chunk among the CTA's, channels 4 quad ..., tokens key_at(4 word ...) of 16

@@ -19,6 +19,9 @@ template <class Arguments>
 Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, cudaStream_t stream,
               Arguments const& args) {
   if (ctas > 0x7fffffff) return Status::kInvalidArgument;
+  if (shared > 48 * 1024 &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess)
+    return Status::kLaunchError;
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -27,6 +30,12 @@ Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, 
   config.dynamicSmemBytes = shared, config.stream = stream;
   config.attrs = &overlap, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::kOk : Status::kLaunchError;
+}
+
+// CTAs of a grid whose CTAs take tiles a grid's size apart: what fits on the GPU.
+// NOTE: a multiple of the heads, so that a CTA's tiles are of one head, whose means it has.
+inline int persistent_ctas(int fit, int heads, int tiles) {
+  return min_int(fit > heads ? fit - fit % heads : fit, tiles);
 }
 
 // Strides of V's maxima, (batch, head, channel) of which a granularity shares some.
@@ -66,16 +75,19 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.amax = p.amax;
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
 
-  int64_t const ctas = head_batches * args.chunks;
+  int64_t const count = head_batches * args.chunks;
+  if (count > 0x7fffffff) return Status::kInvalidArgument;
+  args.tile_count = static_cast<int>(count);
   if (p.amax && p.granularity != Granularity::kChannel) {
     size_t const scales = p.granularity == Granularity::kHead ? head_batches : 1;
     if (cudaMemsetAsync(p.amax, 0, scales * sizeof(uint32_t), stream) != cudaSuccess)
       return Status::kLaunchError;
   }
   int const threads = ceil_div(kStatsLanes * in.head_dim / 8, 32) * 32;
-  int const shared = kStatsLanes * in.head_dim * (args.extremes ? 8 : 4);
+  int const shared = 8 * 16 * threads + kStatsLanes * in.head_dim * (args.extremes ? 8 : 4);
   auto const kernel = args.extremes ? token_stats_kernel<kIn, true> : token_stats_kernel<kIn, false>;
-  if (ctas) {
+  if (count) {
+    int const ctas = min_int(args.tile_count, hopper_device().sms * max_int(1, 1024 / threads));
     Status const status = launch<TokenStatsArguments>(kernel, ctas, threads, shared, stream, args);
     if (status != Status::kOk) return status;
   }
@@ -143,13 +155,7 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   RowsLaunch const with = p.out_dtype == DType::kInt8
                               ? rows_launch<kIn, DType::kInt8>(columns, args.tile_rows)
                               : rows_launch<kIn, DType::kE4M3>(columns, args.tile_rows);
-  // NOTE: a multiple of the heads, so that a CTA's tiles are of one head, whose means it has.
-  int ctas = hopper_device().sms * with.ctas_a_sm;
-  if (ctas > in.heads) ctas -= ctas % in.heads;
-  ctas = min_int(ctas, args.tile_count);
-  if (cudaFuncSetAttribute(with.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, with.shared) !=
-      cudaSuccess)
-    return Status::kLaunchError;
+  int const ctas = persistent_ctas(hopper_device().sms * with.ctas_a_sm, in.heads, args.tile_count);
   auto const run = [&] {
     return launch<RowsArguments>(with.kernel, ctas, with.threads, with.shared, stream, args);
   };
@@ -194,9 +200,8 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   args.head_stride = in.x.head_stride;
   args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
   args.chunks = ceil_div(in.seqlen, kStatsChunk);
-  int const of_row = tile_columns(in.head_dim) / kThreadColumns;
-  int const chunks_a_cta = kVThreads / (kThreadColumns * of_row);
-  int const tiles = max_int(1, ceil_div(args.chunks, chunks_a_cta));  // an empty sequence has scales
+  int const columns = tile_columns(in.head_dim);
+  int const tiles = max_int(1, ceil_div(args.chunks, kVThreads / columns));  // an empty sequence has scales
   args.tiles = make_quantize_tiles(in.heads, tiles);
   args.mean = p.smooth ? p.mean : nullptr;
   args.amax = p.amax;
@@ -204,9 +209,9 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   args.out = static_cast<uint8_t*>(p.out);
   args.scale = p.scale;
   args.code_sums = p.compensate ? p.workspace : nullptr;
-  auto const kernel = of_row == 2   ? quantize_v_kernel<kIn, 2>
-                      : of_row == 4 ? quantize_v_kernel<kIn, 4>
-                                    : quantize_v_kernel<kIn, 8>;
+  auto const kernel = columns == 64    ? quantize_v_kernel<kIn, 64>
+                      : columns == 128 ? quantize_v_kernel<kIn, 128>
+                                       : quantize_v_kernel<kIn, 256>;
   Status const status =
       launch<QuantizeVArguments>(kernel, int64_t(in.batch) * in.heads * tiles, kVThreads, 0, stream, args);
   if (status != Status::kOk || !p.compensate) return status;

@@ -13,8 +13,7 @@ constexpr int kStatsLanes = 16;   // sums a chunk, which are then added pairwise
 constexpr int kKeyGroup = 16;     // keys that are permuted among themselves in V
 constexpr int kOnesRows = 8;      // rows of V below the channels, the first of them ones
 constexpr int kMaxHeadDim = 256;
-constexpr int kThreadColumns = 32;  // channels of V that a thread stands for: of a chunk, kThreads * 32
-constexpr int kRotateGroup = 16;    // columns that one product of the rotation mixes
+constexpr int kRotateGroup = 16;  // columns that one product of the rotation mixes
 
 // Channels that the attention kernel's tile has.
 HOPPER_FA_HOST_DEVICE int tile_columns(int head_dim) {

@@ -18,6 +18,30 @@ __device__ __forceinline__ void wait_for_stream() {
   asm volatile("griddepcontrol.launch_dependents;");
 }
 
+// 8 or 16 bytes to shared memory, zeros in place of what does not exist; to be waited for by the same thread.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, void const* from, bool exists) {
+  uint32_t const shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  int const size = exists ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(size)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(kBytes),
+                 "r"(size)
+                 : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until no more than the last kGroups groups are on their way.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Two 16-bit elements that lie in one word.
 template <DType kDType>
 __device__ __forceinline__ float2 unpack(uint32_t word) {

@@ -37,19 +37,19 @@ struct VChannel {
 // Adds the codes' values of 16 keys to the sums of two channels a thread quad: first of each pair in d[0] and
 // d[1], second in d[2] and d[3]. Operand rows are channels, columns keys, in some order. The sums are exact:
 // multiples of 2^-9, at most 448 * 64.
-__device__ __forceinline__ void add_codes(float (&d)[4], uint32_t first_low, uint32_t second_low,
-                                          uint32_t first_high, uint32_t second_high) {
+__device__ __forceinline__ void add_codes(float (&d)[4], uint32_t first, uint32_t second) {
   constexpr uint32_t kOnes = 0x3c003c00;
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(first_low), "r"(second_low), "r"(first_high), "r"(second_high), "r"(kOnes));
+      : "r"(halves_of_e4m3(first)), "r"(halves_of_e4m3(second)), "r"(halves_of_e4m3(first >> 16)),
+        "r"(halves_of_e4m3(second >> 16)), "r"(kOnes));
 }
 
-template <int kThreads>
+template <int kColumns>
 struct VShared {
-  uint4 codes[ChunkPart<kThreads>::kChunks][ChunkPart<kThreads>::kColumns * 8];  // code_slot(channel, group)
-  VChannel channels[ChunkPart<kThreads>::kColumns];
+  uint4 codes[ChunkPart<kColumns>::kChunks][kColumns * 8];  // code_slot(channel, group)
+  VChannel channels[kColumns];
 };
 
 // Chunk `chunk` of a head, by the threads of `part`: codes into shared memory, their sums out.
@@ -87,9 +87,7 @@ __device__ __forceinline__ void round_chunk(QuantizeVArguments const& args, Part
     }
     if constexpr (kSums) {
 #pragma unroll
-      for (int c = 0; c < 4; c += 2)
-        add_codes(group_sum[c / 2], halves_of_e4m3(words[c]), halves_of_e4m3(words[c + 1]),
-                  halves_of_e4m3(words[c] >> 16), halves_of_e4m3(words[c + 1] >> 16));
+      for (int c = 0; c < 4; c += 2) add_codes(group_sum[c / 2], words[c], words[c + 1]);
     }
   };
   auto const round_all = [&](bool filter) {
@@ -115,13 +113,13 @@ __device__ __forceinline__ void round_chunk(QuantizeVArguments const& args, Part
   }
 }
 
-// A CTA: as many chunks as it has threads for. kThreads: a tile has 32 * kThreads channels.
-template <DType kIn, int kThreads>
+// A CTA: as many chunks as it has threads for. kColumns: channels of a tile.
+template <DType kIn, int kColumns>
 __global__ void __launch_bounds__(kVThreads, 3)
     quantize_v_kernel(__grid_constant__ QuantizeVArguments const args) {
-  __shared__ VShared<kThreads> shared;
+  __shared__ VShared<kColumns> shared;
   wait_for_stream();
-  ChunkPart<kThreads> const part;
+  ChunkPart<kColumns> const part;
   constexpr int kGroups = kStatsChunk / kKeyGroup * part.kChunks;  // of a CTA
   // NOTE: last tile first: what the statistics read last may still lie in L2.
   QuantizeTile const tile = args.tiles.get(gridDim.x - 1 - blockIdx.x);
@@ -138,7 +136,7 @@ __global__ void __launch_bounds__(kVThreads, 3)
   __syncthreads();
 
   int const chunk = tile.block * part.kChunks + part.chunk;
-  bool const full = part.kColumns == args.head_dim && (chunk + 1) * kStatsChunk <= args.seqlen;
+  bool const full = kColumns == args.head_dim && (chunk + 1) * kStatsChunk <= args.seqlen;
   auto const round = [&](auto sums, auto is_full) {
     round_chunk<kIn, sums.value, is_full.value>(args, part, shared.channels, shared.codes[part.chunk], tile,
                                                 chunk);
@@ -151,7 +149,7 @@ __global__ void __launch_bounds__(kVThreads, 3)
   __syncthreads();
 
   int const keys_pitch = ceil_div(args.seqlen, kKeyGroup) * kKeyGroup;
-  constexpr int kRows = part.kColumns + kOnesRows;
+  constexpr int kRows = kColumns + kOnesRows;
   uint8_t* const out =
       args.out + static_cast<int64_t>(tile.batch * args.heads + tile.head) * kRows * keys_pitch;
   for (int i = threadIdx.x; i < kRows * kGroups; i += kVThreads) {
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(kVThreads, 3)
     uint4 codes = make_uint4(0, 0, 0, 0);
     if (r < args.head_dim) {
       codes = shared.codes[g / 8][code_slot(r, g % 8)];
-    } else if (r == part.kColumns) {
+    } else if (r == kColumns) {
       constexpr uint32_t kOnes = 0x38383838;
       int const keys = args.seqlen - key;
       codes = make_uint4(kOnes & key_mask(0, keys), kOnes & key_mask(1, keys), kOnes & key_mask(2, keys),

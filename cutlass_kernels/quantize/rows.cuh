@@ -67,21 +67,11 @@ constexpr int rows_shared_bytes(int rows) {
   return sizeof(Shared) - (kRowsCta - rows) / Shared::kRows * sizeof(typename Shared::Warp);
 }
 
-// 16 bytes to shared memory, zeros in place of what does not exist.
-__device__ __forceinline__ void copy_async(uint4* to, void const* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(exists ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // A warp's rows of a tile from global into shared memory; returns at once.
 template <int kColumns, class Warp>
-__device__ __forceinline__ void fetch_rows(RowsArguments const& args, int tile_index, int warp, Warp& to) {
+__device__ __forceinline__ void fetch_rows(RowsArguments const& args, QuantizeTile const& tile, int warp,
+                                           Warp& to) {
   constexpr int kOctets = kColumns / 8, kRows = WarpRows<kColumns>::kRows;
-  QuantizeTile const tile = args.tiles.get(tile_index);
   int const lane = threadIdx.x % 32, octet = lane % kOctets, first = lane / kOctets;
   int const row = tile.block * args.tile_rows + warp * kRows + first;
   uint16_t const* from = args.x + tile.batch * args.batch_stride + tile.head * args.head_stride +
@@ -90,19 +80,20 @@ __device__ __forceinline__ void fetch_rows(RowsArguments const& args, int tile_i
   int const rows = 8 * octet < args.head_dim ? args.seqlen - row : 0;  // from this thread's first one on
 #pragma unroll
   for (int r = 0; r < kRows; r += 32 / kOctets, from += step)
-    copy_async(&to.raw[first + r][octet], from, r < rows);
+    copy_async<16>(&to.raw[first + r][octet], from, r < rows);
 }
 
-// One tile, of which this warp's rows are on their way to own.raw.
+// One tile, of which this warp's rows are on their way to own_shared.raw; then it becomes the next one, if
+// there is a next index.
 template <DType kIn, DType kOut, int kColumns>
 __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared<kColumns>& shared,
-                                           typename RowsShared<kColumns>::Warp& own_shared, int tile_index,
-                                           int parity, int& vectors_of) {
+                                           typename RowsShared<kColumns>::Warp& own_shared,
+                                           QuantizeTile& next, int next_index, int parity, int& vectors_of) {
   using Rows = WarpRows<kColumns>;
   constexpr int kOwn = Rows::kOwn, kGroups = Rows::kGroups;
   constexpr bool kInt8 = kOut == DType::kInt8;
   constexpr float kLimit = kInt8 ? kInt8Max : kE4M3Max;
-  QuantizeTile const tile = args.tiles.get(tile_index);
+  QuantizeTile const tile = next;
   int const head_batch = tile.batch * args.heads + tile.head;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const first_row = tile.block * args.tile_rows + warp * Rows::kRows;  // of the warp
@@ -138,8 +129,10 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
       raw[h][j] = reinterpret_cast<uint2 const*>(
           own_shared.raw[rows.row + (Rows::kHalves ? 0 : 8 * h)])[rows.column(h, j) / 4];
   __syncwarp();
-  if (tile_index >= static_cast<int>(gridDim.x))
-    fetch_rows<kColumns>(args, tile_index - gridDim.x, warp, own_shared);
+  if (next_index >= 0) {
+    next = args.tiles.get(next_index);
+    fetch_rows<kColumns>(args, next, warp, own_shared);
+  }
 
   if (args.rotate) {
     if (whole)
@@ -216,64 +209,59 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
     amax[own] = exists(own) ? __float_as_uint(largest) : 0;
   }
 
-  int64_t const index =
-      static_cast<int64_t>(tile.batch) * args.amax_batch + args.heads_a_amax.quotient(tile.head);
+  Scale scale[kOwn];
+  auto const set_scale = [&](int own, bool writes, int64_t at) {
+    scale[own] = scale_of(__uint_as_float(amax[own]), kLimit, norm_left);
+    if (writes) args.scale[at] = kInt8 && broken[own] ? NAN : scale[own].scale;
+  };
   if (args.scale_of == ScaleOf::kRow) {
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       amax[own] = max(amax[own], __shfl_xor_sync(~0u, amax[own], 1));
       amax[own] = max(amax[own], __shfl_xor_sync(~0u, amax[own], 2));
       broken[own] = __ballot_sync(~0u, broken[own]) >> (lane & ~3) & 0xf;
+      set_scale(own, exists(own) && lane % 4 == 0,
+                static_cast<int64_t>(head_batch) * args.seqlen + row_of(own));
     }
   } else {
-    uint32_t of_tile = amax[0];
-    bool tile_broken = broken[0];
-    if constexpr (kOwn == 2) of_tile = max(of_tile, amax[1]), tile_broken = tile_broken || broken[1];
-    if (args.scale_of == ScaleOf::kTile || args.collect) {
-      of_tile = __reduce_max_sync(~0u, of_tile);
-      if (lane == 0) shared.of_warps[parity][warp] = of_tile;
-      tile_broken = __syncthreads_or(tile_broken);
-      of_tile = __reduce_max_sync(~0u, lane < blockDim.x / 32 ? shared.of_warps[parity][lane] : 0u);
+    if constexpr (kOwn == 2) amax[0] = max(amax[0], amax[1]), broken[0] = broken[0] || broken[1];
+    bool const of_tile = args.scale_of == ScaleOf::kTile;
+    uint32_t* const given =
+        args.amax + 2 * (tile.batch * args.amax_batch + args.heads_a_amax.quotient(tile.head));
+    if (of_tile || args.collect) {
+      uint32_t const of_warp = __reduce_max_sync(~0u, amax[0]);
+      if (lane == 0) shared.of_warps[parity][warp] = of_warp;
+      broken[0] = __syncthreads_or(broken[0]);
+      amax[0] = __reduce_max_sync(~0u, lane < blockDim.x / 32 ? shared.of_warps[parity][lane] : 0u);
       if (args.collect) {
         if (threadIdx.x == 0) {
-          atomicMax(args.amax + 2 * index, of_tile);
-          if (tile_broken) atomicOr(args.amax + 2 * index + 1, 1u);
+          atomicMax(given, amax[0]);
+          if (broken[0]) atomicOr(given + 1, 1u);
         }
         return;
       }
     } else {
-      of_tile = args.amax[2 * index];
-      tile_broken = args.amax[2 * index + 1];
+      amax[0] = given[0], broken[0] = given[1];
     }
-#pragma unroll
-    for (int own = 0; own < kOwn; ++own) amax[own] = of_tile, broken[own] = tile_broken;
+    set_scale(
+        0, threadIdx.x == 0 && (of_tile || tile.block == 0),
+        of_tile ? static_cast<int64_t>(head_batch) * args.tiles.blocks.divisor + tile.block : head_batch);
+    if constexpr (kOwn == 2) scale[1] = scale[0];
   }
 
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     int const own = Rows::kHalves ? 0 : h;
-    Scale const scale = scale_of(__uint_as_float(amax[own]), kLimit, norm_left);
-    bool const writes = args.scale_of == ScaleOf::kRow    ? exists(own) && lane % 4 == 0
-                        : args.scale_of == ScaleOf::kTile ? threadIdx.x == 0
-                                                          : threadIdx.x == 0 && tile.block == 0;
-    if (writes) {
-      int64_t const at = args.scale_of == ScaleOf::kRow
-                             ? static_cast<int64_t>(head_batch) * args.seqlen + row_of(own)
-                         : args.scale_of == ScaleOf::kTile
-                             ? static_cast<int64_t>(head_batch) * args.tiles.blocks.divisor + tile.block
-                             : head_batch;
-      args.scale[at] = kInt8 && broken[own] ? NAN : scale.scale;
-    }
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
       float const(&x)[4] = rows.x[h][j];
       uint32_t codes;
       if constexpr (kInt8) {
-        codes = to_int8(x, scale.inverse);
+        codes = to_int8(x, scale[own].inverse);
       } else {
         float y[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) y[i] = x[i] * scale.inverse;
+        for (int i = 0; i < 4; ++i) y[i] = x[i] * scale[own].inverse;
         codes = to_e4m3(y[0], y[1], y[2], y[3]);
       }
       int const slot = Rows::group(h, j);
@@ -283,17 +271,15 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
   __syncwarp();
 
   int const pitch = (args.head_dim + 15) / 16 * 16;
-  uint8_t* const out =
-      args.out +
-      ((static_cast<int64_t>(tile.batch) * args.seqlen + first_row) * args.heads + tile.head) * pitch;
-  constexpr int kSlots = RowsShared<kColumns>::kSlots;
+  constexpr int kSlots = RowsShared<kColumns>::kSlots, kStep = 32 / kSlots;  // rows at once
+  int const row = lane / kSlots, slot = lane % kSlots;
+  int64_t const out_row = static_cast<int64_t>(args.heads) * pitch;
+  uint8_t* out = args.out + (static_cast<int64_t>(tile.batch) * args.seqlen + first_row + row) * out_row +
+                 tile.head * pitch + 16 * slot;
+  int const left = whole || 16 * slot < pitch ? args.seqlen - first_row - row : 0;
 #pragma unroll
-  for (int i = lane; i < Rows::kRows * kSlots; i += 32) {
-    int const row = i / kSlots, slot = i % kSlots;
-    if (first_row + row < args.seqlen && (whole || 16 * slot < pitch))
-      __stcs(reinterpret_cast<uint4*>(out + static_cast<int64_t>(row) * args.heads * pitch + 16 * slot),
-             own_shared.codes[row][slot]);
-  }
+  for (int r = 0; r < Rows::kRows; r += kStep, out += kStep * out_row)
+    if (r < left) __stcs(reinterpret_cast<uint4*>(out), own_shared.codes[row + r][slot]);
   __syncwarp();
 }
 
@@ -308,14 +294,17 @@ __global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, row
   auto& own = shared.warps[warp];
   // NOTE: last tile first: what an earlier pass over the tensor read last may still lie in L2.
   int index = args.tile_count - 1 - static_cast<int>(blockIdx.x);
-  fetch_rows<kColumns>(args, index, warp, own);
+  QuantizeTile tile = args.tiles.get(index);
+  fetch_rows<kColumns>(args, tile, warp, own);
   if (args.rotate && threadIdx.x < kColumns / 2) {
     uint32_t const two = args.signs[threadIdx.x / 4] >> (2 * threadIdx.x % 8);
     shared.signs[threadIdx.x] = (two & 1) << 15 | (two & 2) << 30;
   }
   int vectors_of = -1;  // head and batch whose vectors are in shared memory
-  for (int parity = 0; index >= 0; index -= gridDim.x, parity ^= 1)
-    round_tile<kIn, kOut>(args, shared, own, index, parity, vectors_of);
+  for (int parity = 0; index >= 0; parity ^= 1) {
+    index -= gridDim.x;
+    round_tile<kIn, kOut>(args, shared, own, tile, index, parity, vectors_of);
+  }
 }
 
 }  // namespace hopper_fa

@@ -16,6 +16,7 @@ struct TokenStatsArguments {
   int64_t batch_stride, row_stride, head_stride;
   int seqlen, heads, head_dim, chunks;
   QuantizeTiles tiles;
+  int tile_count;
   int64_t partials;  // batch * heads * chunks * head_dim
   // (batch, heads, chunks, head_dim) sums; with extremes, as many minima and then maxima of 16 bits after
   // them.
@@ -39,16 +40,21 @@ __device__ __forceinline__ void tree_sum(float (&x)[32], int size) {
   if constexpr (kHalf > 1) tree_sum<kHalf / 2>(x, size);
 }
 
-// A channel's 16 lanes of a chunk, `stride` apart: 16 -> 8 -> 4 -> 2 -> 1 by op(lane[r], lane[r + half]).
+// s[0] becomes the first 2 kHalf elements joined by op(s[r], s[r + half]), from kHalf down to 1.
+template <int kHalf, class T, class Op>
+__device__ __forceinline__ void join_halves(T (&s)[kStatsLanes], Op&& op) {
+#pragma unroll
+  for (int r = 0; r < kHalf; ++r) s[r] = op(s[r], s[r + kHalf]);
+  if constexpr (kHalf > 1) join_halves<kHalf / 2>(s, op);
+}
+
+// A channel's 16 lanes of a chunk, `stride` apart.
 template <class T, class Op>
 __device__ __forceinline__ T join_lanes(T const* lanes, int stride, Op&& op) {
   T s[kStatsLanes];
 #pragma unroll
   for (int r = 0; r < kStatsLanes; ++r) s[r] = lanes[r * stride];
-#pragma unroll
-  for (int half = kStatsLanes / 2; half >= 1; half /= 2)
-#pragma unroll
-    for (int r = 0; r < half; ++r) s[r] = op(s[r], s[r + half]);
+  join_halves<kStatsLanes / 2>(s, op);
   return s[0];
 }
 
@@ -81,70 +87,92 @@ struct ChannelStats {
   }
 };
 
-// A CTA: 128 tokens of one head. Thread (lane r of 16, octet of channels); 16 * head_dim / 8 of them.
+// A persistent grid; a tile is 128 tokens of one head. Thread (lane r of 16, octet of channels); 16 *
+// head_dim / 8 of them.
 template <DType kIn, bool kExtremes>
 __global__ void __launch_bounds__(512, 2)
     token_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
-  extern __shared__ float of_lanes[];  // (16, head_dim)
+  extern __shared__ uint4 raw[];  // (8, threads): every thread copies what it will read
+  float* const of_lanes = reinterpret_cast<float*>(raw + 8 * blockDim.x);  // (16, head_dim)
   wait_for_stream();
-  int const octets = args.head_dim / 8;
+  int const octets = args.head_dim / 8, pairs = args.head_dim / 2;
   int const lane = threadIdx.x / octets, octet = threadIdx.x - lane * octets;
-  QuantizeTile const tile = args.tiles.get(blockIdx.x);
-  int const first = tile.block * kStatsChunk + lane;  // tokens first + 16 i
+  auto const extremes = reinterpret_cast<uint32_t*>(of_lanes + kStatsLanes * args.head_dim);
 
-  // How many of the lane's tokens exist; the last warp may hold threads of no lane.
-  int const left = args.seqlen - first;
-  int const exist = lane >= kStatsLanes || left <= 0 ? 0 : min_int(8, ceil_div(left, kStatsLanes));
-  uint16_t const* const x =
-      args.x + tile.batch * args.batch_stride + tile.head * args.head_stride + 8 * octet;
-  auto const load = [&](int i) {
-    return i < exist ? __ldg(reinterpret_cast<uint4 const*>(x + (first + kStatsLanes * i) * args.row_stride))
-                     : make_uint4(0, 0, 0, 0);
+  struct Tokens {  // the lane's of a tile: first, first + 16, ...
+    uint16_t const* first;
+    int exist;  // of 8; the last warp may hold threads of no lane
   };
-  uint4 raw[8];
+  auto const tokens_of = [&](QuantizeTile const& tile) -> Tokens {
+    int const first = tile.block * kStatsChunk + lane, left = args.seqlen - first;
+    return {args.x + tile.batch * args.batch_stride + tile.head * args.head_stride + first * args.row_stride +
+                8 * octet,
+            lane >= kStatsLanes || left <= 0 ? 0 : min_int(8, ceil_div(left, kStatsLanes))};
+  };
+  auto const fetch = [&](Tokens const& tokens) {
+    int64_t const step = kStatsLanes * args.row_stride;
+    uint16_t const* from = tokens.first;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) raw[i] = load(i);
-  ChannelStats<kIn, kExtremes> stats;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) stats.template add<false>(raw[i], i == 0, i < exist);
-  // A NaN or infinity stays in its sum, so finite sums need no second look.
-  bool finite = true;
-#pragma unroll
-  for (int c = 0; c < 8; ++c) finite = finite && is_finite(stats.sum[c]);
-  if (!finite) {
-    // NOTE: loaded again; kept in registers, the elements would cost every call a third of its occupancy.
-#pragma unroll 1
-    for (int i = 0; i < 8; ++i) stats.template add<true>(load(i), i == 0, i < exist);
-  }
+    for (int i = 0; i < 8; ++i, from += step)
+      copy_async<16>(raw + i * blockDim.x + threadIdx.x, from, i < tokens.exist);
+  };
 
-  int64_t const out =
-      ((static_cast<int64_t>(tile.batch) * args.heads + tile.head) * args.chunks + tile.block) *
-      args.head_dim;
-  if (lane < kStatsLanes) {
-    float4* const to = reinterpret_cast<float4*>(of_lanes + lane * args.head_dim + 8 * octet);
-    to[0] = make_float4(stats.sum[0], stats.sum[1], stats.sum[2], stats.sum[3]);
-    to[1] = make_float4(stats.sum[4], stats.sum[5], stats.sum[6], stats.sum[7]);
+  int index = blockIdx.x;
+  QuantizeTile tile = args.tiles.get(index);
+  Tokens tokens = tokens_of(tile);
+  fetch(tokens);
+  while (true) {
+    wait_for_copies();
+    ChannelStats<kIn, kExtremes> stats;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      stats.template add<false>(raw[i * blockDim.x + threadIdx.x], i == 0, i < tokens.exist);
+    // A NaN or infinity stays in its sum, so finite sums need no second look.
+    bool finite = true;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) finite = finite && is_finite(stats.sum[c]);
+    if (!finite) {
+#pragma unroll 1
+      for (int i = 0; i < 8; ++i)
+        stats.template add<true>(raw[i * blockDim.x + threadIdx.x], i == 0, i < tokens.exist);
+    }
+    int64_t const out =
+        ((static_cast<int64_t>(tile.batch) * args.heads + tile.head) * args.chunks + tile.block) *
+        args.head_dim;
+    index += gridDim.x;
+    if (index < args.tile_count) {  // while this tile's lanes are joined
+      tile = args.tiles.get(index);
+      tokens = tokens_of(tile);
+      fetch(tokens);
+    }
+
+    if (lane < kStatsLanes) {
+      float4* const to = reinterpret_cast<float4*>(of_lanes + lane * args.head_dim + 8 * octet);
+      to[0] = make_float4(stats.sum[0], stats.sum[1], stats.sum[2], stats.sum[3]);
+      to[1] = make_float4(stats.sum[4], stats.sum[5], stats.sum[6], stats.sum[7]);
+      if constexpr (kExtremes) {
+        auto const lows = reinterpret_cast<uint4*>(extremes);
+        lows[lane * octets + octet] = make_uint4(stats.low[0], stats.low[1], stats.low[2], stats.low[3]);
+        lows[(kStatsLanes + lane) * octets + octet] =
+            make_uint4(stats.high[0], stats.high[1], stats.high[2], stats.high[3]);
+      }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < args.head_dim; c += blockDim.x)
+      args.workspace[out + c] =
+          join_lanes(of_lanes + c, args.head_dim, [](float a, float b) { return a + b; });
     if constexpr (kExtremes) {
-      auto const extremes = reinterpret_cast<uint4*>(of_lanes + kStatsLanes * args.head_dim);
-      extremes[lane * octets + octet] = make_uint4(stats.low[0], stats.low[1], stats.low[2], stats.low[3]);
-      extremes[(kStatsLanes + lane) * octets + octet] =
-          make_uint4(stats.high[0], stats.high[1], stats.high[2], stats.high[3]);
+      auto const to = reinterpret_cast<uint32_t*>(args.workspace + args.partials);
+      for (int c = threadIdx.x; c < 2 * pairs; c += blockDim.x) {  // minima, then maxima
+        bool const high = c >= pairs;
+        int const pair = high ? c - pairs : c;
+        to[((high ? args.partials : 0) + out) / 2 + pair] = join_lanes(
+            extremes + high * kStatsLanes * pairs + pair, pairs,
+            [high](uint32_t a, uint32_t b) { return high ? max_halves<kIn>(a, b) : min_halves<kIn>(a, b); });
+      }
     }
-  }
-  __syncthreads();
-  for (int c = threadIdx.x; c < args.head_dim; c += blockDim.x)
-    args.workspace[out + c] = join_lanes(of_lanes + c, args.head_dim, [](float a, float b) { return a + b; });
-  if constexpr (kExtremes) {
-    int const pairs = args.head_dim / 2;
-    auto const extremes = reinterpret_cast<uint32_t const*>(of_lanes + kStatsLanes * args.head_dim);
-    auto const to = reinterpret_cast<uint32_t*>(args.workspace + args.partials);
-    for (int c = threadIdx.x; c < 2 * pairs; c += blockDim.x) {  // minima, then maxima
-      bool const high = c >= pairs;
-      int const pair = high ? c - pairs : c;
-      to[((high ? args.partials : 0) + out) / 2 + pair] = join_lanes(
-          extremes + high * kStatsLanes * pairs + pair, pairs,
-          [high](uint32_t a, uint32_t b) { return high ? max_halves<kIn>(a, b) : min_halves<kIn>(a, b); });
-    }
+    if (index >= args.tile_count) return;
+    __syncthreads();
   }
 }
 
