@@ -26,7 +26,7 @@ struct ChunkPart {
 
 // Calls even(raw, g) or odd(raw, g) for the 8 groups of 16 tokens of a chunk, in order: row i of raw is
 // token(i), or 0 where that is not among the first `tokens`. `rows` is this thread's first one.
-// NOTE: two groups in turn, so that the loads of one are under way during the arithmetic of the other.
+// NOTE: the loads of three groups are under way during the arithmetic of one.
 template <bool kFull, class Part, class Even, class Odd>
 __device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t stride, int tokens,
                                                Part const& part, Even&& even, Odd&& odd) {
@@ -40,16 +40,21 @@ __device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t str
     }
     rows += kKeyGroup * stride;
   };
-  constexpr int kGroups = kStatsChunk / kKeyGroup;
-  uint2 raw[2][4];
-  load(raw[0], 0);
+  constexpr int kGroups = kStatsChunk / kKeyGroup, kAhead = 3;
+  uint2 raw[kAhead + 1][4];
+#pragma unroll
+  for (int g = 0; g < kAhead; ++g) load(raw[g], g);
 #pragma unroll 1
-  for (int g = 0; g < kGroups; g += 2) {
-    load(raw[1], g + 1);
-    even(raw[0], g);
-    if (g + 2 < kGroups) load(raw[0], g + 2);
-    odd(raw[1], g + 1);
-  }
+  for (int first = 0; first < kGroups; first += kAhead + 1)
+#pragma unroll
+    for (int i = 0; i <= kAhead; ++i) {
+      int const g = first + i;
+      if (g + kAhead < kGroups) load(raw[(i + kAhead) % (kAhead + 1)], g + kAhead);
+      if (i % 2)
+        odd(raw[i], g);
+      else
+        even(raw[i], g);
+    }
 }
 
 }  // namespace hopper_fa

@@ -49,10 +49,11 @@ void set_amax_strides(Arguments& args, Granularity granularity, int heads, int h
 template <DType kIn>
 Status launch_finish_stats(TokenStatsArguments const& args, int batch, cudaStream_t stream) {
   int64_t const ctas = int64_t(batch) * args.heads * ceil_div(args.head_dim, 32);
-  constexpr int kFew = 8, kMany = 32;  // warps
-  bool const many = args.chunks > 32 * kFew;
-  auto const kernel = many ? finish_stats_kernel<kIn, kMany> : finish_stats_kernel<kIn, kFew>;
-  return launch<TokenStatsArguments>(kernel, ctas, 32 * (many ? kMany : kFew), 0, stream, args);
+  bool const many = args.chunks > 256;
+  auto const kernel = many                ? finish_stats_kernel<kIn, 32, 32>
+                      : args.chunks <= 32 ? finish_stats_kernel<kIn, 8, 4>
+                                          : finish_stats_kernel<kIn, 8, 32>;
+  return launch<TokenStatsArguments>(kernel, ctas, many ? 1024 : 256, 0, stream, args);
 }
 
 template <DType kIn>

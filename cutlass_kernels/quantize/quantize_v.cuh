@@ -115,7 +115,7 @@ __device__ __forceinline__ void round_chunk(QuantizeVArguments const& args, Part
 
 // A CTA: as many chunks as it has threads for. kColumns: channels of a tile.
 template <DType kIn, int kColumns>
-__global__ void __launch_bounds__(kVThreads, 3)
+__global__ void __launch_bounds__(kVThreads, 2)
     quantize_v_kernel(__grid_constant__ QuantizeVArguments const args) {
   __shared__ VShared<kColumns> shared;
   wait_for_stream();

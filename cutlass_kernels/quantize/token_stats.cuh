@@ -31,13 +31,13 @@ struct TokenStatsArguments {
 
 // x[0] becomes the sum of the first `size` elements, a power of two, by x[i] + x[i + half]; size 0 counts
 // as 1.
-template <int kHalf = 16>
-__device__ __forceinline__ void tree_sum(float (&x)[32], int size) {
+template <int kSize, int kHalf = kSize / 2>
+__device__ __forceinline__ void tree_sum(float (&x)[kSize], int size) {
   if (kHalf < size) {
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) x[i] += x[i + kHalf];
   }
-  if constexpr (kHalf > 1) tree_sum<kHalf / 2>(x, size);
+  if constexpr (kHalf > 1) tree_sum<kSize, kHalf / 2>(x, size);
 }
 
 // s[0] becomes the first 2 kHalf elements joined by op(s[r], s[r + half]), from kHalf down to 1.
@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(512, 2)
 // A CTA: 32 channels of one head; warp w has the chunks w + kWarps j. The chunk sums, filled up with zeros to
 // a power of two, are added by a[i] + a[i + half] until one is left. kIn: whose translation unit's copy this
 // is.
-// NOTE: small CTAs where they suffice, because many fit beside what runs before them.
-template <DType kIn, int kWarps>
+// NOTE: small CTAs and few loads where they suffice.
+template <DType kIn, int kWarps, int kLoads>
 __global__ void __launch_bounds__(32 * kWarps)
     finish_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
   wait_for_stream();
@@ -196,21 +196,19 @@ __global__ void __launch_bounds__(32 * kWarps)
 
   int size = 1, left = args.chunks;  // size: what `left` sums are filled up to
   while (size < left) size *= 2;
-  // Above 32 a warp the first steps go through memory, where no thread reads what another has written.
-  for (; size > kWarps * 32; size /= 2, left = min_int(left, size)) {
+  // Above kLoads a warp the first steps go through memory, where no thread reads what another has written.
+  for (; size > kWarps * kLoads; size /= 2, left = min_int(left, size)) {
     int const half = size / 2;
     for (int i = warp; i < half && exists; i += kWarps)
       sums[at(i)] = sums[at(i)] + (i + half < left ? sums[at(i + half)] : 0.f);
   }
-  // Then 32 a thread. Its sums are the ones that the tree joins down to distance kWarps.
-  float x[32];
+  // Then kLoads a thread. Its sums are the ones that the tree joins down to distance kWarps.
+  float x[kLoads];
 #pragma unroll
-  for (int j = 0; j < 32; ++j) {
+  for (int j = 0; j < kLoads; ++j) {
     int const chunk = warp + kWarps * j;
     x[j] = exists && chunk < left ? sums[at(chunk)] : 0.f;
   }
-  tree_sum(x, size / kWarps);
-  shared[0][warp][lane] = x[0];
   if (args.extremes) {
     auto const lows = reinterpret_cast<uint16_t const*>(args.workspace + args.partials) + base;
     uint32_t low = kInfinities<kIn>, high = kInfinities<kIn> | 0x80008000u;
@@ -221,13 +219,16 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
     shared[1][warp][lane] = unpack<kIn>(low).x, shared[2][warp][lane] = unpack<kIn>(high).x;
   }
+  tree_sum(x, size / kWarps);
+  shared[0][warp][lane] = x[0];
   __syncthreads();
   if (warp > 0) return;
 
+  float of_warps[kWarps];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) x[w] = shared[0][w][lane];
-  tree_sum(x, min_int(size, kWarps));
-  float const mean = __fdiv_rn(x[0], static_cast<float>(max_int(1, args.seqlen)));
+  for (int w = 0; w < kWarps; ++w) of_warps[w] = shared[0][w][lane];
+  tree_sum(of_warps, min_int(size, kWarps));
+  float const mean = __fdiv_rn(of_warps[0], static_cast<float>(max_int(1, args.seqlen)));
   if (args.mean && exists) {
     int64_t const at = static_cast<int64_t>(head_batch) * args.head_dim + channel;
     args.mean[at] = args.code_scale ? __fsub_rn(args.mean[at], __fmul_rn(args.code_scale[at], mean)) : mean;
@@ -235,6 +236,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (!args.extremes) return;
   float const centre = args.smooth ? mean : 0.f;
   float low = INFINITY, high = -INFINITY;
+#pragma unroll
   for (int w = 0; w < kWarps; ++w)
     low = fminf(low, shared[1][w][lane]), high = fmaxf(high, shared[2][w][lane]);
   // Rounding is monotonic, so this is the maximum of the rounded |x - mean|; 0 where nothing is finite.
