@@ -11,22 +11,26 @@
 
 namespace hopper_fa {
 
-// A warp's rows, 16 of them or 8 of 256 columns. Register half h is row lane / 4 + 8 h, or of 256 columns
-// half h of row lane / 4. In every group of 16 columns the thread has columns 4 t to 4 t + 3, t = lane % 4:
-// x[h][j][i] is column(h, j) + i.
+// A warp's rows, 2048 elements: 32, 16 or 8 of them. A thread has 64: of its rows lane / 4 + 8 own, own = 0,
+// 1,
+// ..., columns 4 t to 4 t + 3 in every group of 16, t = lane % 4. x[h][j][i] is column(h, j) + i of row
+// own(h, j), where h = 0, 1 are the two rows of a product's operand.
 template <int kColumns>
 struct WarpRows {
   static constexpr bool kHalves = kColumns == 256;
-  static constexpr int kRows = kHalves ? 8 : 16;  // of a warp
-  static constexpr int kOwn = kHalves ? 1 : 2;    // rows a thread has a part of
-  static constexpr int kGroups = kColumns / (kHalves ? 2 : 1) / kRotateGroup;
+  static constexpr int kRows = 2048 / kColumns, kOwn = kRows / 8;
+  static constexpr int kGroups = 8;
+  static constexpr int kRowGroups = kColumns == 64 ? 4 : 8;  // neighbouring j that are of one row
 
   float x[2][kGroups][4];
   int row, quad;  // first row in the warp's, column in a group
 
   __device__ __forceinline__ WarpRows() : row(threadIdx.x % 32 / 4), quad(4 * (threadIdx.x % 4)) {}
 
-  static __device__ __forceinline__ int group(int h, int j) { return j + (kHalves ? h * kGroups : 0); }
+  static __device__ __forceinline__ int own(int h, int j) { return kHalves ? 0 : h + 2 * (j / kRowGroups); }
+  static __device__ __forceinline__ int group(int h, int j) {
+    return j % kRowGroups + (kHalves ? h * kGroups : 0);
+  }
   __device__ __forceinline__ int column(int h, int j) const { return kRotateGroup * group(h, j) + quad; }
 
   // f(element) for those of own row r.
@@ -34,9 +38,9 @@ struct WarpRows {
   __device__ __forceinline__ void for_row(int r, F&& f) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      if (kHalves || h == r)
 #pragma unroll
-        for (int j = 0; j < kGroups; ++j)
+      for (int j = 0; j < kGroups; ++j)
+        if (own(h, j) == r)
 #pragma unroll
           for (int i = 0; i < 4; ++i) f(x[h][j][i]);
   }
@@ -49,7 +53,7 @@ struct WarpRows {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float4 const v = *reinterpret_cast<float4 const*>(vector + column(h, j));
-        int const r = kHalves ? 0 : h;
+        int const r = own(h, j);
         f(x[h][j][0], v.x, r), f(x[h][j][1], v.y, r), f(x[h][j][2], v.z, r), f(x[h][j][3], v.w, r);
       }
   }
@@ -126,7 +130,7 @@ __device__ __forceinline__ void rotate_rows(WarpRows<kColumns>& rows,
     return kWhole || kRotateGroup * step < hadamard_block(kRotateGroup * group, head_dim);
   };
 #pragma unroll
-  for (int step = 1; step < Rows::kGroups; step *= 2)
+  for (int step = 1; step < Rows::kRowGroups; step *= 2)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll

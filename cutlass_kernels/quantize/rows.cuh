@@ -6,7 +6,7 @@
 // clocks), butterflies 192, mean 72, maximum 64, rounding 112, stores 40, all else 80: 670, which is 12 us at
 // 1.75 GHz. So memory binds, as long as loads, arithmetic and stores of different CTAs overlap.
 //
-// A warp has 16 rows (8 of 256 columns), a thread 32 columns of two rows (64 of one): WarpRows.
+// A warp has 2048 elements, a thread 64 of them: WarpRows.
 #pragma once
 
 #include "quantize/rotate.cuh"
@@ -58,7 +58,7 @@ struct RowsShared {
 };
 
 // CTAs of kRowsCta rows that an SM shall hold.
-constexpr int rows_min_ctas(int columns) { return columns == 64 ? 3 : columns == 128 ? 2 : 1; }
+constexpr int rows_min_ctas(int columns) { return columns == 64 ? 4 : columns == 128 ? 2 : 1; }
 
 // Bytes of shared memory for a CTA of `rows` rows.
 template <int kColumns>
@@ -127,7 +127,7 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
 #pragma unroll
     for (int j = 0; j < kGroups; ++j)
       raw[h][j] = reinterpret_cast<uint2 const*>(
-          own_shared.raw[rows.row + (Rows::kHalves ? 0 : 8 * h)])[rows.column(h, j) / 4];
+          own_shared.raw[rows.row + 8 * Rows::own(h, j)])[rows.column(h, j) / 4];
   __syncwarp();
   if (next_index >= 0) {
     next = args.tiles.get(next_index);
@@ -224,7 +224,9 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
                 static_cast<int64_t>(head_batch) * args.seqlen + row_of(own));
     }
   } else {
-    if constexpr (kOwn == 2) amax[0] = max(amax[0], amax[1]), broken[0] = broken[0] || broken[1];
+#pragma unroll
+    for (int own = 1; own < kOwn; ++own)
+      amax[0] = max(amax[0], amax[own]), broken[0] = broken[0] || broken[own];
     bool const of_tile = args.scale_of == ScaleOf::kTile;
     uint32_t* const given =
         args.amax + 2 * (tile.batch * args.amax_batch + args.heads_a_amax.quotient(tile.head));
@@ -246,14 +248,15 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
     set_scale(
         0, threadIdx.x == 0 && (of_tile || tile.block == 0),
         of_tile ? static_cast<int64_t>(head_batch) * args.tiles.blocks.divisor + tile.block : head_batch);
-    if constexpr (kOwn == 2) scale[1] = scale[0];
+#pragma unroll
+    for (int own = 1; own < kOwn; ++own) scale[own] = scale[0];
   }
 
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    int const own = Rows::kHalves ? 0 : h;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
+      int const own = Rows::own(h, j);
       float const(&x)[4] = rows.x[h][j];
       uint32_t codes;
       if constexpr (kInt8) {
