@@ -32,12 +32,6 @@ Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, 
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::kOk : Status::kLaunchError;
 }
 
-// CTAs of a grid whose CTAs take tiles a grid's size apart: what fits on the GPU.
-// NOTE: a multiple of the heads, so that a CTA's tiles are of one head, whose means it has.
-inline int persistent_ctas(int fit, int heads, int tiles) {
-  return min_int(fit > heads ? fit - fit % heads : fit, tiles);
-}
-
 // Strides of V's maxima, (batch, head, channel) of which a granularity shares some.
 template <class Arguments>
 void set_amax_strides(Arguments& args, Granularity granularity, int heads, int head_dim) {
@@ -152,11 +146,12 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   args.tiles = make_quantize_tiles(in.heads, tiles);
   int64_t const count = int64_t(in.batch) * in.heads * tiles;
   if (count > 0x7fffffff) return Status::kInvalidArgument;
-  args.tile_count = static_cast<int>(count);
   RowsLaunch const with = p.out_dtype == DType::kInt8
                               ? rows_launch<kIn, DType::kInt8>(columns, args.tile_rows)
                               : rows_launch<kIn, DType::kE4M3>(columns, args.tile_rows);
-  int const ctas = persistent_ctas(hopper_device().sms * with.ctas_a_sm, in.heads, args.tile_count);
+  args.head_tiles = in.batch * tiles;
+  args.cta_tiles = ceil_div(args.head_tiles, max_int(1, hopper_device().sms * with.ctas_a_sm / in.heads));
+  int64_t const ctas = int64_t(in.heads) * ceil_div(args.head_tiles, args.cta_tiles);
   auto const run = [&] {
     return launch<RowsArguments>(with.kernel, ctas, with.threads, with.shared, stream, args);
   };

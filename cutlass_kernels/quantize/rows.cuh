@@ -19,9 +19,9 @@ struct RowsArguments {
   uint16_t const* x;
   int64_t batch_stride, row_stride, head_stride;
   int seqlen, heads, head_dim;
-  int tile_rows;  // rows a CTA
-  int tile_count;
-  QuantizeTiles tiles;  // all CTAs; tiles.blocks.divisor of them cover a sequence
+  int tile_rows;              // rows a CTA
+  int head_tiles, cta_tiles;  // of a head in all batch entries; neighbours among them that a CTA takes
+  QuantizeTiles tiles;        // all CTAs; tiles.blocks.divisor of them cover a sequence
   float const* mean;
   bool rotate;
   uint8_t signs[32];
@@ -84,11 +84,11 @@ __device__ __forceinline__ void fetch_rows(RowsArguments const& args, QuantizeTi
 }
 
 // One tile, of which this warp's rows are on their way to own_shared.raw; then it becomes the next one, if
-// there is a next index.
+// there is one.
 template <DType kIn, DType kOut, int kColumns>
 __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared<kColumns>& shared,
                                            typename RowsShared<kColumns>::Warp& own_shared,
-                                           QuantizeTile& next, int next_index, int parity, int& vectors_of) {
+                                           QuantizeTile& next, bool has_next, int parity, bool of_new_batch) {
   using Rows = WarpRows<kColumns>;
   constexpr int kOwn = Rows::kOwn, kGroups = Rows::kGroups;
   constexpr bool kInt8 = kOut == DType::kInt8;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
     share_vector<kColumns>(vectors + index * args.head_dim, args.head_dim, args.rotate, args.signs, squared,
                            shared.scratch, to);
   };
-  if (vectors_of != head_batch) {
+  if (of_new_batch) {
     __syncthreads();
     if (args.mean) share(args.mean, head_batch, false, shared.mean);
     if (with_dots && args.queries) {
@@ -116,7 +116,6 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
             shared.other);
     }
     __syncthreads();
-    vectors_of = head_batch;
   }
 
   wait_for_copies();
@@ -129,8 +128,9 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
       raw[h][j] = reinterpret_cast<uint2 const*>(
           own_shared.raw[rows.row + 8 * Rows::own(h, j)])[rows.column(h, j) / 4];
   __syncwarp();
-  if (next_index >= 0) {
-    next = args.tiles.get(next_index);
+  if (has_next) {
+    next = tile.block > 0 ? QuantizeTile{tile.block - 1, tile.head, tile.batch}
+                          : QuantizeTile{args.tiles.blocks.divisor - 1, tile.head, tile.batch - 1};
     fetch_rows<kColumns>(args, next, warp, own_shared);
   }
 
@@ -286,7 +286,7 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
   __syncwarp();
 }
 
-// A persistent grid; a CTA's tiles are gridDim.x apart.
+// A persistent grid. CTA part * heads + head takes cta_tiles tiles of a head, so that its means stay.
 template <DType kIn, DType kOut, int kColumns>
 __global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, rows_min_ctas(kColumns))
     quantize_rows_kernel(__grid_constant__ RowsArguments const args) {
@@ -296,18 +296,18 @@ __global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, row
   int const warp = threadIdx.x / 32;
   auto& own = shared.warps[warp];
   // NOTE: last tile first: what an earlier pass over the tensor read last may still lie in L2.
-  int index = args.tile_count - 1 - static_cast<int>(blockIdx.x);
-  QuantizeTile tile = args.tiles.get(index);
+  int const part = args.tiles.heads.quotient(blockIdx.x), head = blockIdx.x - part * args.heads;
+  int const first = part * args.cta_tiles;
+  int const position = min_int(first + args.cta_tiles, args.head_tiles) - 1;  // at least first
+  QuantizeTile tile = args.tiles.get(position * args.heads + head);
   fetch_rows<kColumns>(args, tile, warp, own);
   if (args.rotate && threadIdx.x < kColumns / 2) {
     uint32_t const two = args.signs[threadIdx.x / 4] >> (2 * threadIdx.x % 8);
     shared.signs[threadIdx.x] = (two & 1) << 15 | (two & 2) << 30;
   }
-  int vectors_of = -1;  // head and batch whose vectors are in shared memory
-  for (int parity = 0; index >= 0; parity ^= 1) {
-    index -= gridDim.x;
-    round_tile<kIn, kOut>(args, shared, own, tile, index, parity, vectors_of);
-  }
+  for (int i = position; i >= first; --i)
+    round_tile<kIn, kOut>(args, shared, own, tile, i > first, i & 1,
+                          i == position || tile.block == args.tiles.blocks.divisor - 1);
 }
 
 }  // namespace hopper_fa
