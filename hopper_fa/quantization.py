@@ -291,7 +291,7 @@ def _hadamard_blocks(head_dim: int) -> list[int]:
 
 
 def _butterflies(x: torch.Tensor, blocks: list[int], first: int) -> torch.Tensor:
-    """Steps (a, b) -> (a + b, a - b) at distances first, 2 first, 4 first, ... within blocks of the columns."""
+    """Steps (a, b) -> (a + b, a - b) at distances first, 2 first, ... within blocks of the columns."""
     parts = []
     for part, size in zip(x.split(blocks, -1), blocks, strict=True):
         distance = first

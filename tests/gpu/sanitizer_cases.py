@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck --kernel-name kns=hopper_fa python tests/gpu/sanitizer_cases.py
 
 and the same with racecheck and synccheck. torch's caching allocator is switched off, so that memcheck sees a
-step past a tensor's end. Every output is compared with float64 as well.
+step past a tensor's end. Every output is compared with float64 as well, quantised tensors with the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 from torch import Tensor
 
-from hopper_fa import Fp8Recipe, flash_attn_func, kernels
+from hopper_fa import Fp8Recipe, flash_attn_func, kernels, quantization, quantize_kernels
 from hopper_fa.metrics import error_metrics
 from hopper_fa.reference import attention_reference, gradients_reference
 
@@ -70,17 +70,41 @@ FAMILIES = {
 }
 
 
+def check_quantization(generator: torch.Generator, head_dims: list[int]) -> int:
+    """Tensors of several tiles a CTA, every preset and all smoothing; how many were the reference's bits."""
+    recipes = (Fp8Recipe.default(), Fp8Recipe.causal_safe(), Fp8Recipe.fa3())
+    recipes += (replace(recipes[0], smooth_q=True, q_granularity="token"),)
+    runs = 0
+    for head_dim in head_dims:
+        for heads_kv in (32, 64):
+            sizes = [(6, s, h, head_dim) for s, h in ((130, 64), (260, heads_kv), (260, heads_kv))]
+            q, k, v = (torch.randn(size, generator=generator, device="cuda").bfloat16() for size in sizes)
+            for recipe in recipes:
+                got = quantize_kernels.quantize_qkv(q, k, v, recipe)
+                want = quantization.quantize_qkv(q, k, v, recipe)
+                for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale"):
+                    a, b = (getattr(x, name).view(torch.uint8) for x in (got, want))
+                    if not torch.equal(a, b):
+                        raise SystemExit(f"quantisation d{head_dim}, {recipe}: {name} is not the reference's")
+                runs += 1
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--head-dim", type=int, action="append", help="default: every one built, and 40")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: every one built")
-    parser.add_argument("--family", choices=FAMILIES, action="append", help="default: both")
+    parser.add_argument("--family", choices=(*FAMILIES, "quantize"), action="append", help="default: all")
     options = parser.parse_args()
     generator = torch.Generator("cuda").manual_seed(0)
     runs = 0
-    for family in options.family or FAMILIES:
+    for family in options.family or (*FAMILIES, "quantize"):
+        if family == "quantize":
+            if "bf16" in quantize_kernels.DTYPES:
+                runs += check_quantization(generator, options.head_dim or [40, 64, 128, 256])
+            continue
         tiles, check = FAMILIES[family]
         built = {(row["head_dim"], dtype) for row in tiles for dtype in row["dtypes"]}
         for head_dim, name in sorted(built | {(40, dtype) for d, dtype in built if d == 64}):
@@ -102,7 +126,7 @@ def main() -> None:
                     runs += 1
     if runs == 0:
         raise SystemExit("nothing ran: this build holds no instance of the head dim and dtype asked for")
-    print(f"{runs} problems agree with float64")
+    print(f"{runs} problems agree with float64 or with the reference")
 
 
 if __name__ == "__main__":
