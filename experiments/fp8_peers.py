@@ -1,7 +1,8 @@
 """FP8 forward attention of ours and of others, as adapters like those of peers.py.
 
 All of them get the same 16-bit tensors and quantise them before the timed part, the others with one e4m3
-scale a tensor, which is what they take without more work. What is timed is attention on quantised tensors.
+scale a tensor, which is what they take without more work. What is timed is attention on quantised tensors;
+of hopper_fa_end_to_end, quantisation and attention.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from peers import Call, Peer, _fa2, _hopper_fa, _version, build_graph, graph_call, heads_layout, reason
 from shapes import Shape
 
-from hopper_fa import Fp8Recipe, kernels, quantize_qkv
+from hopper_fa import Fp8Recipe, kernels, quantize_kernels, quantize_qkv
 
 TOLERANCE = 0.12  # FP8 attention of normal inputs is 4e-2 to 7e-2 from 16 bits; a wrong layout about 1
 E4M3_MAX = 448.0
@@ -44,6 +45,25 @@ def fp8_peer(name: str, recipe: Fp8Recipe, variant: str = "fp8") -> Peer:
         return call
 
     return Peer(name, _version("hopper-fa", "hopper_fa"), prepare, TOLERANCE)
+
+
+def _end_to_end() -> Peer:
+    """Quantisation by the default recipe and attention, 16 bits in and out."""
+    if not kernels.HAS_FP8:
+        raise RuntimeError("this build of hopper_fa holds no FP8 kernel")
+
+    def prepare(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
+        out = torch.empty_like(q)
+        lse = torch.empty((shape.batch, shape.heads, shape.seqlen), device=q.device)
+
+        def call() -> torch.Tensor:
+            qkv = quantize_kernels.quantize_qkv(q, k, v, Fp8Recipe.default())
+            kernels.forward_fp8(qkv, out, lse, shape.head_dim**-0.5, shape.causal)
+            return out
+
+        return call
+
+    return Peer("hopper_fa_end_to_end", _version("hopper-fa", "hopper_fa"), prepare, TOLERANCE)
 
 
 def _fa3() -> Peer:
@@ -152,6 +172,7 @@ BUILDERS: dict[str, Callable[[], Peer]] = {
     "hopper_fa": lambda: fp8_peer("hopper_fa", Fp8Recipe.default()),
     "hopper_fa_e4m3": lambda: fp8_peer("hopper_fa_e4m3", replace(Fp8Recipe.default(), qk_dtype="e4m3")),
     "hopper_fa_causal_safe": lambda: fp8_peer("hopper_fa_causal_safe", Fp8Recipe.causal_safe(), "fp8_keys"),
+    "hopper_fa_end_to_end": _end_to_end,
     "hopper_fa_bf16": _ours_16_bit,
     "fa2": _fa2,
     "fa3": _fa3,
