@@ -4,7 +4,8 @@
     python experiments/fp8_speed.py --variants fp8_no_ping_pong  # our other tiles
 
 hopper_fa is the default recipe, hopper_fa_e4m3 the same with e4m3 scores; both accumulate in two levels. fa3
-does not, vllm does. hopper_fa_end_to_end is the default recipe from 16-bit tensors on. Interleaved in one process on the same inputs (timing.py). Writes JSON and CSV.
+does not, vllm does. hopper_fa_end_to_end is the default recipe from 16-bit tensors on. Interleaved in one
+process on the same inputs (timing.py). Writes JSON and CSV.
 """
 
 from __future__ import annotations
