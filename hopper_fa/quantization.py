@@ -1,7 +1,8 @@
 """From Q, K and V to 8-bit tensors and their scales: smoothing, rotation, rounding, V's layout.
 
-All arithmetic is float32 in a fixed order of operations, so that a kernel can reproduce every bit. What a
-recipe asks for is in hopper_fa/recipe.py.
+All arithmetic is float32 in a fixed order of operations, so that a kernel can reproduce every bit; where a
+tensor core adds in the kernel, `_mix_sixteens` and `_code_mean` add as it does. What a recipe asks for is in
+hopper_fa/recipe.py.
 """
 
 import math

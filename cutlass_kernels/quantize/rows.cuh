@@ -1,10 +1,10 @@
 // Q and K: rotation, smoothing, scale and rounding of rows, in registers from load to rounding.
 //
 // Roofline: 2 bytes read and 1 written an element. 16k tokens x 2048 channels: 101 MB, 25 us at 4 TB/s, for Q
-// and again for K; scales of a head, group or tensor read everything twice: 42 us. Issue slots for the 64
-// elements of a thread, int8 with rotation and mean: loads and signs 90, products 16 (tensor cores: 100
-// clocks), butterflies 192, mean 72, maximum 64, rounding 112, stores 40, all else 80: 670, which is 12 us at
-// 1.75 GHz. So memory binds, as long as loads, arithmetic and stores of different CTAs overlap.
+// and again for K; scales of a head, group or tensor read everything twice: 42 us. A warp issues some 920
+// instructions for its 2048 elements with rotation and int8 (128 columns; butterflies 192, codes 112, mean
+// 80, maximum 64, signs and products 64): 16 us at 1.75 GHz. So memory binds as long as copies and arithmetic
+// overlap: the next tile's rows are copied during this one's arithmetic.
 //
 // A warp has 2048 elements, a thread 64 of them: WarpRows.
 #pragma once
