@@ -18,26 +18,13 @@ __device__ __forceinline__ void wait_for_stream() {
   asm volatile("griddepcontrol.launch_dependents;");
 }
 
-// 8 or 16 bytes to shared memory, zeros in place of what does not exist; to be waited for by the same thread.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, void const* from, bool exists) {
-  uint32_t const shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  int const size = exists ? kBytes : 0;
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(size)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(kBytes),
-                 "r"(size)
-                 : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until no more than the last kGroups groups are on their way.
-template <int kGroups>
-__device__ __forceinline__ void wait_for_all_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+// 16 bytes to shared memory, zeros in place of what does not exist; to be waited for by the same thread.
+// NOTE: cute's copy asks L2 for 128 bytes besides.
+__device__ __forceinline__ void copy_async(uint4* to, void const* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(exists ? 16 : 0)
+               : "memory");
 }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

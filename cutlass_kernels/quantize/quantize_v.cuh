@@ -10,6 +10,7 @@
 // rounding did to a channel's mean, are products with ones on the tensor cores; they are exact.
 #pragma once
 
+#include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 
 #include "quantize/chunk.cuh"
@@ -39,11 +40,9 @@ struct VChannel {
 // multiples of 2^-9, at most 448 * 64.
 __device__ __forceinline__ void add_codes(float (&d)[4], uint32_t first, uint32_t second) {
   constexpr uint32_t kOnes = 0x3c003c00;
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %8}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(halves_of_e4m3(first)), "r"(halves_of_e4m3(second)), "r"(halves_of_e4m3(first >> 16)),
-        "r"(halves_of_e4m3(second >> 16)), "r"(kOnes));
+  cute::SM80_16x8x16_F32F16F16F32_TN::fma(d[0], d[1], d[2], d[3], halves_of_e4m3(first),
+                                          halves_of_e4m3(second), halves_of_e4m3(first >> 16),
+                                          halves_of_e4m3(second >> 16), kOnes, kOnes, d[0], d[1], d[2], d[3]);
 }
 
 template <int kColumns>

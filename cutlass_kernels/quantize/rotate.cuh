@@ -6,15 +6,17 @@
 // product.
 #pragma once
 
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
+
 #include "quantize/layout.h"
 #include "quantize/numerics.cuh"
 
 namespace hopper_fa {
 
-// A warp's rows, 2048 elements: 32, 16 or 8 of them. A thread has 64: of its rows lane / 4 + 8 own, own = 0,
-// 1,
-// ..., columns 4 t to 4 t + 3 in every group of 16, t = lane % 4. x[h][j][i] is column(h, j) + i of row
-// own(h, j), where h = 0, 1 are the two rows of a product's operand.
+// A warp's rows, 2048 elements: 32, 16 or 8 of them. A thread has 64 elements: of each of its rows, which are
+// lane / 4 + 8 own for own < kOwn, columns 4 t to 4 t + 3 in every group of 16, t = lane % 4. x[h][j][i] is
+// column(h, j) + i of row own(h, j), where h = 0, 1 are the two rows of a product's operand.
 template <int kColumns>
 struct WarpRows {
   static constexpr bool kHalves = kColumns == 256;
@@ -79,24 +81,14 @@ struct HadamardOperand {
       }
   }
 
-  // Elements 2 n, 2 n + 1 of both rows from the elements of both rows, two in a word.
-  template <int kProduct>
+  // The groups of two rows from their elements, two in a word.
   __device__ __forceinline__ void multiply(uint2 row0, uint2 row1, float (&d0)[4], float (&d1)[4]) const {
-    float& a = d0[2 * kProduct];
-    float& c = d1[2 * kProduct];
-    float zero = 0.f;
-    if constexpr (kDType == DType::kBF16)
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-          "{%10, %10, %10, %10};"
-          : "=f"(a), "=f"(d0[2 * kProduct + 1]), "=f"(c), "=f"(d1[2 * kProduct + 1])
-          : "r"(row0.x), "r"(row1.x), "r"(row0.y), "r"(row1.y), "r"(b[kProduct][0]), "r"(b[kProduct][1]),
-            "f"(zero));
-    else
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-          "{%10, %10, %10, %10};"
-          : "=f"(a), "=f"(d0[2 * kProduct + 1]), "=f"(c), "=f"(d1[2 * kProduct + 1])
-          : "r"(row0.x), "r"(row1.x), "r"(row0.y), "r"(row1.y), "r"(b[kProduct][0]), "r"(b[kProduct][1]),
-            "f"(zero));
+    using Mma = std::conditional_t<kDType == DType::kBF16, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                   cute::SM80_16x8x16_F32F16F16F32_TN>;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      Mma::fma(d0[2 * n], d0[2 * n + 1], d1[2 * n], d1[2 * n + 1], row0.x, row1.x, row0.y, row1.y, b[n][0],
+               b[n][1], 0.f, 0.f, 0.f, 0.f);
   }
 };
 
@@ -123,8 +115,7 @@ __device__ __forceinline__ void rotate_rows(WarpRows<kColumns>& rows,
       uint2 const sign = *reinterpret_cast<uint2 const*>(signs + rows.column(h, j) / 2);
       signed_raw[h] = make_uint2(raw[h][j].x ^ sign.x, raw[h][j].y ^ sign.y);
     }
-    matrix.template multiply<0>(signed_raw[0], signed_raw[1], x[0][j], x[1][j]);
-    matrix.template multiply<1>(signed_raw[0], signed_raw[1], x[0][j], x[1][j]);
+    matrix.multiply(signed_raw[0], signed_raw[1], x[0][j], x[1][j]);
   }
   auto const joined = [&](int group, int step) {
     return kWhole || kRotateGroup * step < hadamard_block(kRotateGroup * group, head_dim);

@@ -80,7 +80,7 @@ __device__ __forceinline__ void fetch_rows(RowsArguments const& args, QuantizeTi
   int const rows = 8 * octet < args.head_dim ? args.seqlen - row : 0;  // from this thread's first one on
 #pragma unroll
   for (int r = 0; r < kRows; r += 32 / kOctets, from += step)
-    copy_async<16>(&to.raw[first + r][octet], from, r < rows);
+    copy_async(&to.raw[first + r][octet], from, r < rows);
 }
 
 // One tile, of which this warp's rows are on their way to own_shared.raw; then it becomes the next one, if

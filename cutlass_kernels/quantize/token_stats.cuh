@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(512, 2)
     uint16_t const* from = tokens.first;
 #pragma unroll
     for (int i = 0; i < 8; ++i, from += step)
-      copy_async<16>(raw + i * blockDim.x + threadIdx.x, from, i < tokens.exist);
+      copy_async(raw + i * blockDim.x + threadIdx.x, from, i < tokens.exist);
   };
 
   int index = blockIdx.x;
