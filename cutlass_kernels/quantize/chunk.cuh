@@ -24,12 +24,12 @@ struct ChunkPart {
   __device__ __forceinline__ int token(int i) const { return 2 * word + (i & 1) + 8 * (i >> 1); }
 };
 
-// Calls even(raw, g) or odd(raw, g) for the 8 groups of 16 tokens of a chunk, in order: row i of raw is
-// token(i), or 0 where that is not among the first `tokens`. `rows` is this thread's first one.
-// NOTE: the loads of three groups are under way during the arithmetic of one.
-template <bool kFull, class Part, class Even, class Odd>
+// Calls f(raw, g, g % 2) for the 8 groups of 16 tokens of a chunk, in order: row i of raw is token(i), or 0
+// where that is not among the first `tokens`. `rows` is this thread's first one. NOTE: the loads of three
+// groups are under way during the arithmetic of one.
+template <bool kFull, class Part, class F>
 __device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t stride, int tokens,
-                                               Part const& part, Even&& even, Odd&& odd) {
+                                               Part const& part, F&& f) {
   auto const load = [&](uint2(&raw)[4], int g) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -50,10 +50,7 @@ __device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t str
     for (int i = 0; i <= kAhead; ++i) {
       int const g = first + i;
       if (g + kAhead < kGroups) load(raw[(i + kAhead) % (kAhead + 1)], g + kAhead);
-      if (i % 2)
-        odd(raw[i], g);
-      else
-        even(raw[i], g);
+      f(raw[i], g, i % 2);  // a number to the compiler, which g is not
     }
 }
 

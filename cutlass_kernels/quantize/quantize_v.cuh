@@ -92,9 +92,9 @@ __device__ __forceinline__ void round_chunk(QuantizeVArguments const& args, Part
   auto const round_all = [&](bool filter) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.f;
-    for_each_group<kFull>(
-        v, args.row_stride, mine, part, [&](uint2 const(&raw)[4], int g) { round(raw, g, sum[0], filter); },
-        [&](uint2 const(&raw)[4], int g) { round(raw, g, sum[1], filter); });
+    for_each_group<kFull>(v, args.row_stride, mine, part, [&](uint2 const(&raw)[4], int g, int parity) {
+      round(raw, g, sum[parity], filter);
+    });
   };
 
   round_all(false);
