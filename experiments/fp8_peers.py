@@ -28,42 +28,28 @@ def _quantize(t: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (t.float() / descale).to(torch.float8_e4m3fn), descale
 
 
-def fp8_peer(name: str, recipe: Fp8Recipe, variant: str = "fp8") -> Peer:
-    """Our kernel on tensors quantised beforehand by `recipe`, on one row of the tile table."""
+def fp8_peer(name: str, recipe: Fp8Recipe, variant: str = "fp8", end_to_end: bool = False) -> Peer:
+    """Our kernel on one row of the tile table.
+
+    Args:
+        recipe: by which tensors are quantised: beforehand, or with end_to_end in every call.
+    """
     if not kernels.HAS_FP8:
         raise RuntimeError("this build of hopper_fa holds no FP8 kernel")
 
     def prepare(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
-        qkv = quantize_qkv(q, k, v, recipe)
+        beforehand = None if end_to_end else quantize_qkv(q, k, v, recipe)
         out = torch.empty_like(q)
         lse = torch.empty((shape.batch, shape.heads, shape.seqlen), device=q.device)
 
         def call() -> torch.Tensor:
+            qkv = quantize_kernels.quantize_qkv(q, k, v, recipe) if end_to_end else beforehand
             kernels.forward_fp8(qkv, out, lse, shape.head_dim**-0.5, shape.causal, variant)
             return out
 
         return call
 
     return Peer(name, _version("hopper-fa", "hopper_fa"), prepare, TOLERANCE)
-
-
-def _end_to_end() -> Peer:
-    """Quantisation by the default recipe and attention, 16 bits in and out."""
-    if not kernels.HAS_FP8:
-        raise RuntimeError("this build of hopper_fa holds no FP8 kernel")
-
-    def prepare(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
-        out = torch.empty_like(q)
-        lse = torch.empty((shape.batch, shape.heads, shape.seqlen), device=q.device)
-
-        def call() -> torch.Tensor:
-            qkv = quantize_kernels.quantize_qkv(q, k, v, Fp8Recipe.default())
-            kernels.forward_fp8(qkv, out, lse, shape.head_dim**-0.5, shape.causal)
-            return out
-
-        return call
-
-    return Peer("hopper_fa_end_to_end", _version("hopper-fa", "hopper_fa"), prepare, TOLERANCE)
 
 
 def _fa3() -> Peer:
@@ -172,7 +158,7 @@ BUILDERS: dict[str, Callable[[], Peer]] = {
     "hopper_fa": lambda: fp8_peer("hopper_fa", Fp8Recipe.default()),
     "hopper_fa_e4m3": lambda: fp8_peer("hopper_fa_e4m3", replace(Fp8Recipe.default(), qk_dtype="e4m3")),
     "hopper_fa_causal_safe": lambda: fp8_peer("hopper_fa_causal_safe", Fp8Recipe.causal_safe(), "fp8_keys"),
-    "hopper_fa_end_to_end": _end_to_end,
+    "hopper_fa_end_to_end": lambda: fp8_peer("hopper_fa_end_to_end", Fp8Recipe.default(), end_to_end=True),
     "hopper_fa_bf16": _ours_16_bit,
     "fa2": _fa2,
     "fa3": _fa3,
