@@ -164,7 +164,7 @@ def quantize_qkv(
         signs = rotation_signs(head_dim, recipe.rotation_seed).to(q.device)
 
     limit = INT8_MAX if recipe.qk_dtype == "int8" else E4M3_MAX
-    q_rows, k_rows = _rows(q32, q_mean, signs), _rows(k32, k_mean, signs)
+    q_rows, k_rows = smooth_and_rotate(q32, q_mean, signs), smooth_and_rotate(k32, k_mean, signs)
     q_codes, q_scale = _quantize_rows(*q_rows, recipe.q_granularity, Q_BLOCK, limit, group)
     k_codes, k_scale = _quantize_rows(*k_rows, recipe.k_granularity, K_BLOCK, limit)
     v_scale, v_inverse = _v_scale(v32, recipe.v_granularity)
@@ -256,23 +256,15 @@ def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 2, (head_dim,), generator=generator).mul_(2).sub_(1).float()
 
 
-def rotate(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-    """x (..., head_dim) float32 times the signs and an orthogonal matrix of Hadamard blocks.
-
-    The blocks are the powers of two that head_dim is the sum of, largest first (72 = 64 + 8).
-    """
-    rows, norm = _rows(x, None, signs)
-    return rows * norm
-
-
-def _rows(
+def smooth_and_rotate(
     x: torch.Tensor, mean: torch.Tensor | None, signs: torch.Tensor | None
 ) -> tuple[torch.Tensor, float]:
     """x (..., head_dim) float32 without its mean (None: 0), rotated unless signs is None; and a factor left.
 
-    If head_dim is one Hadamard block, its factor 1 / sqrt(head_dim) is left to the scales; otherwise every
-    element has its block's, and 1 is left. NOTE: x is rotated before the rotated mean is subtracted, so that
-    a tensor core can do the first steps on the 16-bit elements.
+    The rotation is the signs, then an orthogonal matrix of Hadamard blocks: the powers of two that head_dim
+    is the sum of, largest first (72 = 64 + 8). If head_dim is one block, its factor 1 / sqrt(head_dim) is
+    left to the scales; otherwise every element has its block's, and 1 is left. NOTE: x is rotated before the
+    rotated mean is subtracted, so that a tensor core can do the first steps on the 16-bit elements.
     """
     if signs is None:
         return (x if mean is None else x - mean), 1.0

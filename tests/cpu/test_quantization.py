@@ -10,7 +10,7 @@ from cases import FP8_PRESETS, Case
 
 from hopper_fa import Fp8Recipe, attention_reference, quantize_qkv
 from hopper_fa.emulator_fp8 import attention_dequantized
-from hopper_fa.quantization import QuantizedQKV, from_fp8, rotate, rotation_signs
+from hopper_fa.quantization import QuantizedQKV, from_fp8, rotation_signs, smooth_and_rotate
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,6 +27,12 @@ def e4m3_values() -> list[float]:
         exponent, fraction = code >> 3, code & 7
         values.append(math.ldexp(fraction, -9) if exponent == 0 else math.ldexp(8 + fraction, exponent - 10))
     return values
+
+
+def rotate(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """x rotated, with the whole of the blocks' factors."""
+    rows, factor = smooth_and_rotate(x, None, signs)
+    return rows * factor
 
 
 def test_presets_say_what_they_leak() -> None:
