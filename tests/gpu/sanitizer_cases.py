@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
@@ -64,18 +66,43 @@ def check_backward(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, pro
                 raise SystemExit(f"{problem}: {which} is off by {error:.2e} of {truth.norm().item():.2e}")
 
 
-FAMILIES = {
-    "forward": (kernels.FORWARD_TILES, check_forward),
-    "backward": (kernels.BACKWARD_TILES, check_backward),
-}
+def run_attention(
+    family: str,
+    tiles: list[dict],
+    check: Callable[..., None],
+    options: argparse.Namespace,
+    generator: torch.Generator,
+) -> int:
+    """Every instance of `tiles` that is asked for, on PROBLEMS; how many ran."""
+    runs = 0
+    built = {(row["head_dim"], dtype) for row in tiles for dtype in row["dtypes"]}
+    for head_dim, name in sorted(built | {(40, dtype) for d, dtype in built if d == 64}):
+        if head_dim not in (options.head_dim or [head_dim]) or name not in (options.dtype or [name]):
+            continue
+        for batch, heads_q, heads_kv, seqlen_q, seqlen_k in PROBLEMS:
+            sizes = [
+                (batch, s, h, head_dim)
+                for s, h in ((seqlen_q, heads_q), (seqlen_k, heads_kv), (seqlen_k, heads_kv))
+            ]
+            q, k, v = (
+                torch.randn(size, generator=generator, device="cuda").to(DTYPES[name][0]) for size in sizes
+            )
+            for causal in (False, True):
+                mask = "causal" if causal else "full"
+                problem = f"{family} d{head_dim} {name} {tuple(q.shape)} on {seqlen_k} keys {mask}"
+                check(name, q, k, v, causal, problem)
+                runs += 1
+    return runs
 
 
-def check_quantization(generator: torch.Generator, head_dims: list[int]) -> int:
-    """Tensors of several tiles a CTA, every preset and all smoothing; how many were the reference's bits."""
+def run_quantization(options: argparse.Namespace, generator: torch.Generator) -> int:
+    """BF16 tensors of several tiles a CTA, three presets and all smoothing; how many ran."""
+    if "bf16" not in quantize_kernels.DTYPES:
+        return 0
     recipes = (Fp8Recipe.default(), Fp8Recipe.causal_safe(), Fp8Recipe.fa3())
     recipes += (replace(recipes[0], smooth_q=True, q_granularity="token"),)
     runs = 0
-    for head_dim in head_dims:
+    for head_dim in options.head_dim or [40, 64, 128, 256]:
         for heads_kv in (32, 64):
             sizes = [(6, s, h, head_dim) for s, h in ((130, 64), (260, heads_kv), (260, heads_kv))]
             q, k, v = (torch.randn(size, generator=generator, device="cuda").bfloat16() for size in sizes)
@@ -90,40 +117,23 @@ def check_quantization(generator: torch.Generator, head_dims: list[int]) -> int:
     return runs
 
 
+FAMILIES: dict[str, Callable[[argparse.Namespace, torch.Generator], int]] = {
+    "forward": partial(run_attention, "forward", kernels.FORWARD_TILES, check_forward),
+    "backward": partial(run_attention, "backward", kernels.BACKWARD_TILES, check_backward),
+    "quantize": run_quantization,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--head-dim", type=int, action="append", help="default: every one built, and 40")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: every one built")
-    parser.add_argument("--family", choices=(*FAMILIES, "quantize"), action="append", help="default: all")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="default: all")
     options = parser.parse_args()
     generator = torch.Generator("cuda").manual_seed(0)
-    runs = 0
-    for family in options.family or (*FAMILIES, "quantize"):
-        if family == "quantize":
-            if "bf16" in quantize_kernels.DTYPES:
-                runs += check_quantization(generator, options.head_dim or [40, 64, 128, 256])
-            continue
-        tiles, check = FAMILIES[family]
-        built = {(row["head_dim"], dtype) for row in tiles for dtype in row["dtypes"]}
-        for head_dim, name in sorted(built | {(40, dtype) for d, dtype in built if d == 64}):
-            if head_dim not in (options.head_dim or [head_dim]) or name not in (options.dtype or [name]):
-                continue
-            for batch, heads_q, heads_kv, seqlen_q, seqlen_k in PROBLEMS:
-                sizes = [
-                    (batch, s, h, head_dim)
-                    for s, h in ((seqlen_q, heads_q), (seqlen_k, heads_kv), (seqlen_k, heads_kv))
-                ]
-                q, k, v = (
-                    torch.randn(size, generator=generator, device="cuda").to(DTYPES[name][0])
-                    for size in sizes
-                )
-                for causal in (False, True):
-                    mask = "causal" if causal else "full"
-                    problem = f"{family} d{head_dim} {name} {tuple(q.shape)} on {seqlen_k} keys {mask}"
-                    check(name, q, k, v, causal, problem)
-                    runs += 1
+    runs = sum(FAMILIES[family](options, generator) for family in options.family or FAMILIES)
     if runs == 0:
         raise SystemExit("nothing ran: this build holds no instance of the head dim and dtype asked for")
     print(f"{runs} problems agree with float64 or with the reference")
