@@ -169,9 +169,10 @@ def test_scales_of_q_and_k(granularity: str, qk_dtype: str, seed: int) -> None:
             amax = np.float32(members.abs().max().item())
             assert scale[b, h, row].item() == amax / limit
             codes = (x.q if t is q else x.k)[b, row, h, :72].float().numpy()
-            scaled = t[b, row, h].float().numpy() * (limit / amax)
-            if qk_dtype == "int8":
-                assert (codes == np.rint(scaled)).all()
+            elements = t[b, row, h].float().numpy()
+            scaled = elements * (limit / amax)
+            if qk_dtype == "int8":  # the exact product is rounded, once
+                assert (codes == np.rint(elements.astype(np.float64) * (limit / amax))).all()
             else:
                 assert (np.abs(codes - scaled) <= np.maximum(np.abs(scaled) / 16, 2.0**-10)).all()
 
