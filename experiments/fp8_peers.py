@@ -28,11 +28,12 @@ def _quantize(t: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (t.float() / descale).to(torch.float8_e4m3fn), descale
 
 
-def fp8_peer(name: str, recipe: Fp8Recipe, variant: str = "fp8", end_to_end: bool = False) -> Peer:
+def fp8_peer(name: str, recipe: Fp8Recipe, variant: str | None = None, end_to_end: bool = False) -> Peer:
     """Our kernel on one row of the tile table.
 
     Args:
         recipe: by which tensors are quantised: beforehand, or with end_to_end in every call.
+        variant: row of the tile table; None: the recipe's.
     """
     if not kernels.HAS_FP8:
         raise RuntimeError("this build of hopper_fa holds no FP8 kernel")
@@ -157,7 +158,7 @@ def _ours_16_bit() -> Peer:
 BUILDERS: dict[str, Callable[[], Peer]] = {
     "hopper_fa": lambda: fp8_peer("hopper_fa", Fp8Recipe.default()),
     "hopper_fa_e4m3": lambda: fp8_peer("hopper_fa_e4m3", replace(Fp8Recipe.default(), qk_dtype="e4m3")),
-    "hopper_fa_causal_safe": lambda: fp8_peer("hopper_fa_causal_safe", Fp8Recipe.causal_safe(), "fp8_keys"),
+    "hopper_fa_causal_safe": lambda: fp8_peer("hopper_fa_causal_safe", Fp8Recipe.causal_safe()),
     "hopper_fa_end_to_end": lambda: fp8_peer("hopper_fa_end_to_end", Fp8Recipe.default(), end_to_end=True),
     "hopper_fa_bf16": _ours_16_bit,
     "fa2": _fa2,

@@ -39,8 +39,8 @@ def attention_fp8_emulated(
             "tensor_core": bit by bit as `tensor_core.HOPPER`, for which every single product is formed:
                 about 2 ns each on one core. An `Accumulator` asks for that one.
             "fp32": float32 sums. 1e-4 away from the tensor core in Q K^T, whose sums are short, and in P V
-                where the recipe's accumulation is 1.
-            "auto": "fp32" in Q K^T, and in P V for accumulation 1; "tensor_core" in P V otherwise.
+                where the recipe's interval is 1.
+            "auto": "fp32" in Q K^T, and in P V for interval 1; "tensor_core" in P V otherwise.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q) float32; 0 and -inf in
@@ -52,7 +52,8 @@ def attention_fp8_emulated(
     recipe, head_dim = qkv.recipe, qkv.head_dim
     heads_kv = qkv.k.shape[2]
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    qk_sums, pv_sums = _accumulators(accumulator, recipe.accumulation)
+    interval = recipe.interval(head_dim)
+    qk_sums, pv_sums = _accumulators(accumulator, interval)
     if recipe.qk_dtype == "int8":
         qk_sums = None
 
@@ -66,7 +67,7 @@ def attention_fp8_emulated(
     row_scale = heads_by_kv(qkv.q_scale_of_rows().transpose(1, 2)[..., None], heads_kv)  # (..., rows, 1)
     row_factor = row_scale * positive_log2_scale(scale)
     # Scores become S k_scale q_scale + key_bias first where every key has a scale or a bias.
-    key_vectors = qkv.key_bias is not None or recipe.k_granularity == "token"
+    key_vectors = recipe.has_key_vectors
     key_bias = k_scale.new_zeros(1)
     if qkv.key_bias is not None:
         key_bias = qkv.key_bias.unflatten(1, (heads_kv, -1))[..., None, :]  # (..., 1, keys)
@@ -111,9 +112,10 @@ def attention_fp8_emulated(
         p = p.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
         partial[rows] = _product(p, v[..., keys, :], partial[rows], pv_sums)
         # NOTE: counted from key 0, so that a row's flushes do not depend on the rows beside it.
-        if recipe.accumulation and block % recipe.accumulation == 0:
-            out[rows] += partial[rows]
-            partial[rows] = 0.0
+        if interval:
+            moved = slice(None) if block % interval == 0 else slice(head_dim, None)  # row sums in every block
+            out[(*rows[:-1], moved)] += partial[(*rows[:-1], moved)]
+            partial[(*rows[:-1], moved)] = 0.0
     out += partial
     if recipe.row_sum == "product":
         row_sum = out[..., head_dim]
@@ -157,7 +159,7 @@ def attention_dequantized(
 
 
 def _accumulators(
-    accumulator: str | Accumulator, accumulation: int
+    accumulator: str | Accumulator, interval: int
 ) -> tuple[Accumulator | None, Accumulator | None]:
     """What adds the products of Q K^T and of P V; None is float32."""
     if isinstance(accumulator, Accumulator):
@@ -169,7 +171,7 @@ def _accumulators(
         )
     if accumulator == "tensor_core":
         return HOPPER, HOPPER
-    return None, HOPPER if accumulator == "auto" and accumulation != 1 else None
+    return None, HOPPER if accumulator == "auto" and interval != 1 else None
 
 
 def _product(

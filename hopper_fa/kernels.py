@@ -18,9 +18,10 @@ except ImportError as error:
         "and start Python from another folder, where the bare sources do not hide the installed package"
     ) from error
 
+from hopper_fa.recipe import Fp8Recipe
+
 if TYPE_CHECKING:
     from hopper_fa.quantization import QuantizedQKV
-    from hopper_fa.recipe import Fp8Recipe
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 FP8_DTYPE_NAMES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}  # of quantised Q and K
@@ -266,36 +267,33 @@ def backward(
         raise RuntimeError(f"hopper_fa backward was not launched: {STATUS_SENTENCES[status]}.")
 
 
-def _has_key_vectors(recipe: Fp8Recipe) -> bool:
-    """Whether every key has a factor or an addend of its own."""
-    return recipe.k_granularity == "token" or recipe.smooth_q
-
-
-def fp8_variant(recipe: Fp8Recipe) -> str | None:
+def fp8_variant(recipe: Fp8Recipe, head_dim: int) -> str | None:
     """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
     if recipe.rescale_threshold != 0:
         return None
-    two_levels = recipe.accumulation == 1 and recipe.row_sum == "product"
-    if _has_key_vectors(recipe):
-        return "fp8_keys" if two_levels else None
-    if two_levels:
-        return "fp8"
-    if recipe.accumulation == 0 and recipe.row_sum == "fp32" and recipe.qk_dtype == "e4m3":
+    interval = recipe.interval(head_dim)
+    if recipe.row_sum == "product" and interval == 1:
+        return "fp8_keys" if recipe.has_key_vectors else "fp8"
+    if recipe.has_key_vectors:
+        return None
+    if recipe.row_sum == "product" and interval > 1 and head_dim > 128:
+        return "fp8_flush"
+    if recipe.row_sum == "fp32" and interval == 0 and recipe.qk_dtype == "e4m3":
         return "fp8_raw"
     return None
 
 
-def fp8_problem(recipe: Fp8Recipe) -> str | None:
+def fp8_problem(recipe: Fp8Recipe, head_dim: int) -> str | None:
     """What the FP8 kernels cannot do of a recipe, or None. The emulator can do all of it."""
-    if fp8_variant(recipe) is not None:
+    if fp8_variant(recipe, head_dim) is not None:
         return None
     if recipe.rescale_threshold != 0:
         return "only rescale_threshold=0"
-    if _has_key_vectors(recipe):
+    if recipe.has_key_vectors:
         return 'k_granularity="token" and smooth_q only with accumulation=1 and row_sum="product"'
     return (
-        'only accumulation=1 with row_sum="product", or with qk_dtype="e4m3" accumulation=0 with '
-        'row_sum="fp32"'
+        'only row_sum="product" with accumulation=1, or above head dim 128 more, and row_sum="fp32" with '
+        'accumulation=0 and qk_dtype="e4m3"'
     )
 
 
@@ -319,9 +317,9 @@ def forward_fp8(
         RuntimeError: no instance is built for the dtype, head dim and variant, the recipe has a field the
             kernel does not know, or the launch was refused.
     """
-    if problem := fp8_problem(qkv.recipe):
+    if problem := fp8_problem(qkv.recipe, qkv.head_dim):
         raise RuntimeError(f"the FP8 kernel takes {problem}; the recipe is {qkv.recipe}; change it.")
-    variant = variant or fp8_variant(qkv.recipe)
+    variant = variant or fp8_variant(qkv.recipe, qkv.head_dim)
     instance = _INSTANCES.get((qkv.q.dtype, qkv.head_dim, variant))
     if instance is None:
         raise RuntimeError(_not_built(qkv.q.dtype, qkv.head_dim, variant))
@@ -342,6 +340,12 @@ def forward_fp8(
         scales, biases = qkv.key_vectors
         k_scale = (scales.data_ptr(), *scales.stride()[:3])
         key_bias = (biases.data_ptr(), *biases.stride()[:3])
+    interval = qkv.recipe.interval(qkv.head_dim)
+    flush = None
+    if variant == "fp8_flush":
+        floats = FORWARD_TILES[instance[1]]["flush_floats"]
+        sms = torch.cuda.get_device_properties(index).multi_processor_count
+        flush = torch.empty(sms * floats, device=qkv.q.device)
     stream = torch._C._cuda_getCurrentRawStream(index)
     # fmt: off
     status = _C.forward_fp8(
@@ -357,6 +361,7 @@ def forward_fp8(
         k_scale,
         qkv.v_scale.data_ptr(), v_mean.data_ptr(),
         0 if qkv.lse_shift is None else qkv.lse_shift.data_ptr(), qkv.recipe.p_offset, key_bias,
+        interval, 0 if flush is None else flush.data_ptr(),
     )
     # fmt: on
     if status != _STATUS_OK:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
 K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
+FLUSH_INTERVAL = 16  # key blocks, see Fp8Recipe.interval
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 
@@ -42,7 +43,8 @@ class Fp8Recipe:
         rescale_threshold: growth of the row maximum, in log2, that the output is not yet rescaled for; 0
             rescales at every growth. p_offset + rescale_threshold must not exceed log2(448) = 8.807.
         accumulation: the tensor core adds with 13 fraction bits and cuts the rest off. Every `accumulation`
-            key blocks of K_BLOCK its sum is moved to float32 and starts again from zero; 0: never.
+            key blocks of K_BLOCK, counted from key 0, its sum is moved to float32 and starts again from zero,
+            row sums as a product in every block; 0: never. None: as the fastest kernel, see `interval`.
         row_sum: what P V is divided by. "product": the same product with a column of ones, so that the
             rounding of P and the tensor core's cut are in numerator and denominator alike. "fp32": the
             float32 sum of the unrounded P (FlashAttention-3).
@@ -63,7 +65,7 @@ class Fp8Recipe:
     compensate_v: bool = False
     p_offset: float = 8.0
     rescale_threshold: float = 0.0
-    accumulation: int = 1
+    accumulation: int | None = None
     row_sum: str = "product"
 
     def __post_init__(self) -> None:
@@ -71,10 +73,10 @@ class Fp8Recipe:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}; pass one of them.")
-        if type(self.accumulation) is not int or self.accumulation < 0:
+        if self.accumulation is not None and (type(self.accumulation) is not int or self.accumulation < 0):
             raise ValueError(
-                f"accumulation is {self.accumulation!r}; it must be a number of key blocks, or 0 for never; "
-                "pass an int that is not negative."
+                f"accumulation is {self.accumulation!r}; it must be a number of key blocks, 0 for never, or "
+                "None for the kernel's own; pass an int that is not negative, or None."
             )
         for name in ("p_offset", "rescale_threshold"):
             if not getattr(self, name) >= 0:
@@ -84,6 +86,21 @@ class Fp8Recipe:
                 f"p_offset {self.p_offset} and rescale_threshold {self.rescale_threshold} let P reach "
                 f"2**{self.p_offset + self.rescale_threshold:g}; e4m3 ends at 448 = 2**8.807; lower one."
             )
+
+    @property
+    def has_key_vectors(self) -> bool:
+        """Whether every key has a scale of its own, or an addend to its scores."""
+        return self.k_granularity == "token" or self.smooth_q
+
+    def interval(self, head_dim: int) -> int:
+        """Key blocks whose P V is one sum of the tensor core; 0: all.
+
+        `accumulation`, or where that is None 1, but FLUSH_INTERVAL above head dim 128, where registers have
+        no room for a second level in every block (docs/fp8.md), unless every key has a scale or an addend.
+        """
+        if self.accumulation is not None:
+            return self.accumulation
+        return FLUSH_INTERVAL if head_dim > 128 and not self.has_key_vectors else 1
 
     @property
     def leaks_future(self) -> bool:

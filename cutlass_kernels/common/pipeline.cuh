@@ -44,8 +44,10 @@ struct Baton {
       asm volatile("bar.sync 1, 256;" ::: "memory");
     else if (warpgroup == 1)
       asm volatile("bar.sync 2, 256;" ::: "memory");
-    else
+    else if (warpgroup == 2)
       asm volatile("bar.sync 3, 256;" ::: "memory");
+    else
+      asm volatile("bar.sync 4, 256;" ::: "memory");
   }
   __device__ __forceinline__ void take() const {
     if (count > 1) asm volatile("bar.sync %0, 256;" ::"r"(kFirstId + warpgroup) : "memory");

@@ -62,8 +62,9 @@ inline TileScheduler make_tile_scheduler(int batch, int heads_q, int q_heads_per
 inline int choose_warpgroups(int max_warpgroups, int heads_total, int seqlen_q, int num_sms) {
   // Time of a tile of w + 1 warpgroups over that of a full tile.
   // NOTE: fewer warpgroups hide less softmax; a lone warpgroup costs more than its share of a full tile.
-  constexpr float kRelativeCost[3][3] = {{1.0f, 0, 0}, {0.62f, 1.0f, 0}, {0.5f, 0.72f, 1.0f}};
-  float const(&cost)[3] = kRelativeCost[max_warpgroups - 1];
+  constexpr float kRelativeCost[4][4] = {
+      {1.0f}, {0.62f, 1.0f}, {0.5f, 0.72f, 1.0f}, {0.4f, 0.56f, 0.78f, 1.0f}};
+  float const(&cost)[4] = kRelativeCost[max_warpgroups - 1];
   int best = max_warpgroups;
   float best_time = 0;
   for (int w = max_warpgroups; w >= 1; --w) {

@@ -30,6 +30,8 @@ struct ForwardTile {
   int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
   int qk_parts = 1;  // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
   bool key_vectors = false;  // 8-bit only: every key has a scale and a bias of its own
+  // 8-bit with overlap only: O is moved to FP32 sums in global memory every few blocks (forward/flush.cuh).
+  bool flush = false;
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -40,12 +42,14 @@ constexpr ForwardTile kForwardTiles[] = {
     {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     // 8-bit inputs.
-    {"fp8", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
+    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
-    {"fp8_raw", 256, 128, 128, 1, 5, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1},
+    {"fp8_raw", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1},
+    {"fp8_flush", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false,
+     true},
     // 8-bit inputs whose keys have a scale and a bias each.
     {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
     {"fp8_keys", 128, 128, 128, 2, 10, 24, 240, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
@@ -64,7 +68,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
     {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
-    {"fp8_no_ping_pong", 64, 192, 128, 2, 12, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1, 2},
+    {"fp8_no_ping_pong", 64, 256, 128, 2, 12, 32, 112, PingPong::kNever, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
@@ -87,6 +91,12 @@ constexpr int forward_v_rows(ForwardTile const& t) {
   return t.element_bytes == 1 ? t.head_dim + 8 : t.block_n;
 }
 
+// Whether the row sum of P is a column of the output.
+constexpr bool forward_row_sum_column(ForwardTile const& t) { return t.pv_parts > 0 || t.flush; }
+
+// 8 bit: floats of global memory that a CTA's warpgroups move O to.
+constexpr int forward_flush_floats(ForwardTile const& t) { return t.flush ? t.block_m * t.head_dim : 0; }
+
 // Bytes of a slot of the K/V ring.
 constexpr int forward_slot_bytes(ForwardTile const& t) {
   int const k = t.block_n * t.head_dim * t.element_bytes;
@@ -106,10 +116,13 @@ constexpr int forward_scale_bytes(ForwardTile const& t) {
   return t.element_bytes == 1 ? t.q_stages * t.block_m * 4 : 0;
 }
 
+// Bytes of the maxima that moved sums are relative to, two rows a thread.
+constexpr int forward_reference_bytes(ForwardTile const& t) { return t.flush ? t.block_m / 64 * 128 * 8 : 0; }
+
 // Shared memory of a CTA in bytes: Q, the K/V ring, V's dequantisation, 1 KB to align them, barriers.
 constexpr int forward_shared_memory(ForwardTile const& t) {
   return t.q_stages * t.block_m * t.head_dim * t.element_bytes + t.kv_stages * forward_slot_bytes(t) +
-         forward_affine_bytes(t) + forward_scale_bytes(t) + 1024 + 512;
+         forward_affine_bytes(t) + forward_scale_bytes(t) + forward_reference_bytes(t) + 1024 + 512;
 }
 
 struct BackwardTile {

@@ -75,6 +75,10 @@ class Loader {
     if constexpr (Traits::kTile.overlap) {
       if (v_.index >= 0) load_v(v_);
       v_ = block;
+      if (Traits::kFp8 && block.index == 0) {  // a tile's last V does not wait for the next tile's K
+        load_v(v_);
+        v_.index = -1;
+      }
     } else {
       load_v(block);
     }

@@ -5,15 +5,23 @@
 //                      S = Q K^T of block n - 1                           (tensor cores)
 //   then:              P = softmax(S), beside the other warpgroups' turns
 //
+// Tiles with overlap have no T: O and S fill the registers, and P V of block n runs beside the softmax of
+// block n - 1:
+//
+//   turn of block n:   S = Q K^T of block n - 1, O += P V of block n      (tensor cores)
+//                      P' = softmax(S)
+//                      O = O alpha if a maximum grew; every few blocks O moves to FP32 sums (flush.cuh)
+//
 // Tiles with key_vectors take S to S k_scale q_scale + key_bias in FP32 first, with a scale and a bias a key.
 //
 // The tensor core keeps 13 bits of what it adds up, so its sums must be short: T starts from zero in every
-// block. Tiles without parts of P V add up in the tensor core all the same.
+// block, O after every flush. Tiles with neither add up in the tensor core all the same.
 #pragma once
 
 #include "common/mask.cuh"
 #include "common/quantized_softmax.cuh"
 #include "forward/epilogue.cuh"
+#include "forward/flush.cuh"
 #include "forward/operands.cuh"
 #include "forward/traits.cuh"
 
@@ -24,7 +32,8 @@ class Fp8Mainloop {
   using Shared = typename Traits::SharedStorage;
   static constexpr ForwardTile kTile = Traits::kTile;
   static constexpr int kBlockN = Traits::kBlockN;
-  static constexpr bool kTwoLevels = kTile.pv_parts > 0;
+  static constexpr bool kTemporary = kTile.pv_parts > 0;
+  static constexpr bool kRowSumColumn = forward_row_sum_column(kTile);
   static constexpr int kParts = Traits::kParts;
   static constexpr int kPartSize = Traits::kHeadDim / kParts / 2;  // registers of a part, without the row sum
   static constexpr int kQKParts = kTile.qk_parts;
@@ -35,6 +44,10 @@ class Fp8Mainloop {
   using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
   using Sums = decltype(make_tensor<float>(Int<Traits::kOutputColumns / 2>{}));
+  using Output =
+      decltype(make_tensor<float>(Int<(kTemporary ? Traits::kHeadDim : Traits::kOutputColumns) / 2>{}));
+  using P = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));  // 64 x kBlockN
+  using RowSums = decltype(partition_fragment_C(typename Traits::MmaRowSum{}, Shape<_64, _8>{}));
 
   typename Traits::Arguments const& args_;
   Shared& shared_;
@@ -45,8 +58,8 @@ class Fp8Mainloop {
   RingCursor<Traits::kQStages + 1> affine_ring_;
 
   decltype(make_tensor<float>(Int<Traits::kHeadDim / 2>{})) output_;  // 64 x head_dim
-  // Two levels: the output column that V's row of ones makes; the quad's first lane has it. Else the FP32 sum
-  // of the unrounded P in this thread's columns.
+  // The output column that V's row of ones makes; the quad's first lane has it. Or, where nothing is asked of
+  // that row, the FP32 sum of the unrounded P in this thread's columns.
   float row_sum_[2];
   int k_scales_;  // where those of the tile's head start
   Softmax softmax_;
@@ -71,19 +84,26 @@ class Fp8Mainloop {
     BlockRange const range = block_range(row, 64, args_.seqlen_q, args_.seqlen_k, args_.causal, kBlockN);
     // Blocks that only later rows of the tile see: pass them on unread, but keep taking turns.
     int const skipped = tile_end - range.end;
+    if constexpr (kTile.overlap) {
+      // NOTE: the ring has K, K, V, K, V, ... V: the last V of these follows the first K that is read.
+      int const slots = 2 * skipped - (skipped > 0 && range.end > 0);
 #pragma unroll 1
-    for (int i = 0; i < skipped; ++i) {
-      baton_.take_immediate();
-      baton_.pass();
-      skip_block();
-      skip_block();
+      for (int i = 0; i < slots; ++i) skip_block();
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < skipped; ++i) {
+        baton_.take_immediate();
+        baton_.pass();
+        skip_block();
+        skip_block();
+      }
     }
     if (tile_end > 0) wait_q();
     if (range.end == 0) {
       if (tile_end > 0) {
         release_q();
         affine_ring_.advance();
-        baton_.take_immediate(), baton_.pass();  // as often as below
+        if constexpr (!kTile.overlap) baton_.take_immediate(), baton_.pass();  // as often as below
       }
       store_empty<Traits>(args_, tile, row);
       return;
@@ -93,6 +113,17 @@ class Fp8Mainloop {
     k_scales_ = __shfl_sync(~0u, shared_.k_scales[q_ring_.slot][warpgroup_], 0);
     clear(output_);
     row_sum_[0] = row_sum_[1] = 0;
+    if constexpr (kTile.overlap)
+      run_overlapped(range, row, skipped > 0);
+    else
+      run_in_order(range, row);
+    finish_tile(tile, row);
+  }
+
+  __device__ __forceinline__ void flush() {}
+
+ private:
+  __device__ __forceinline__ void run_in_order(BlockRange const& range, int row) {
     baton_.take_immediate();
 #pragma unroll 1
     for (int n = range.end - 1; n >= 0; --n) {
@@ -116,31 +147,122 @@ class Fp8Mainloop {
       bool const masked = n >= range.unmasked;
       if (masked || args_.negate_scores) prepare_scores(s, best, n, row, masked);
       float alpha[2];
-      softmax_.template step<!kTwoLevels, !kKeyVectors>(scores_of(s), best, floats_of(s), block_scale,
-                                                        args_.fp8.p_offset, alpha, row_sum_);
-      decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{})) p;  // 64 x kBlockN
+      softmax_.template step<!kRowSumColumn, !kKeyVectors>(scores_of(s), best, floats_of(s), block_scale,
+                                                           args_.fp8.p_offset, alpha, row_sum_);
+      P p;
       round_probabilities<Traits>(floats_of(s), p);
       // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
       // of the softmax moves below the baton, under which it would hold everybody up.
       warpgroup_fence_operand(p);
       wait_block();
       baton_.take_immediate();
-      if constexpr (kTwoLevels)
+      if constexpr (kTemporary) {
         add_product(p, alpha);
-      else
-        accumulate_product(p, alpha);
+      } else {
+        rescale_output(alpha);
+        issue_product_into_output(p);
+        wait_product<0>(output_);
+      }
       release_slot(ring_.slot);
       ring_.advance();
     }
     baton_.pass();
-    finish_tile(tile, row);
   }
 
-  __device__ __forceinline__ void flush() {}
+  // passed_by: other rows of the tile see blocks that these do not.
+  __device__ __forceinline__ void run_overlapped(BlockRange const& range, int row, bool passed_by) {
+    std::conditional_t<kTile.flush, FlushedOutput<Traits>, NeverFlushed> flushed(args_, shared_, warpgroup_,
+                                                                                 range.end);
+    P p;
+    {
+      Scores s;
+      float alpha[2];
+      int const n = range.end - 1;
+      float const block_scale = k_scale(n);
+      read_q_scales();
+      wait_block();
+      issue_half<0>(s);
+      follow_scores<0>(s, ring_.slot, n, range, row, block_scale, alpha);
+      ring_.advance();
+      if (passed_by) skip_block();
+      round_probabilities<Traits>(floats_of(s), p);
+    }
+#pragma unroll 1
+    for (int n = range.end - 2; n >= 0; --n) {
+      Scores s;
+      float alpha[2];
+      float const block_scale = k_scale(n);
+      read_q_scales();
+      wait_block();
+      __syncwarp();
+      issue_half<0>(s);
+      int const k_slot = ring_.slot;
+      ring_.advance();
+      wait_block();
+      RowSums sums;
+      issue_product_into_output(p);
+      issue_row_sums(p, sums);
+      follow_scores<kRowSumColumn ? 2 : 1>(s, k_slot, n, range, row, block_scale, alpha);
+      // NOTE: P takes the place of the one in use only after the product.
+      warpgroup_fence_operand(s);
+      finish_products(sums, alpha);
+      release_slot(ring_.slot);
+      ring_.advance();
+      rescale_output(alpha);
+      round_probabilities<Traits>(floats_of(s), p);
+      flushed.count_block(output_, softmax_.row_max);
+    }
+    RowSums sums;
+    wait_block();
+    issue_product_into_output(p);
+    issue_row_sums(p, sums);
+    constexpr float kSame[2] = {1.f, 1.f};
+    finish_products(sums, kSame);
+    release_slot(ring_.slot);
+    ring_.advance();
+    flushed.finish(output_, softmax_.row_max);
+  }
 
- private:
+  // Waits for S of block n with kPending later products in flight: P in its place, as floats.
+  template <int kPending>
+  __device__ __forceinline__ void follow_scores(Scores& s, int k_slot, int n, BlockRange const& range,
+                                                int row, float block_scale, float (&alpha)[2]) {
+    int best[2];
+    finish_half<0, kPending>(s, best);
+    release_slot(k_slot);
+    if (n == 0) release_q();
+    bool const masked = n >= range.unmasked;
+    if (masked || args_.negate_scores) prepare_scores(s, best, n, row, masked);
+    softmax_.template step<!kRowSumColumn, true>(scores_of(s), best, floats_of(s), block_scale,
+                                                 args_.fp8.p_offset, alpha, row_sum_);
+  }
+
+  // O += P V of the block in the ring's slot, in the tensor core's accumulator.
+  __device__ __forceinline__ void issue_product_into_output(P const& p) {
+    auto output = part_of<0>(output_);
+    issue_product(typename Traits::template MmaPV<0>{}, p, v_fragment<Traits, 0>(shared_.kv[ring_.slot]),
+                  output, true);
+  }
+  // The sums of P's rows over the block, a product of their own.
+  __device__ __forceinline__ void issue_row_sums(P const& p, RowSums& sums) {
+    if constexpr (kRowSumColumn)
+      issue_product(typename Traits::MmaRowSum{}, p, ones_fragment<Traits>(shared_.kv[ring_.slot]), sums,
+                    false);
+  }
+  // Waits for the products in flight. The row sums become relative to the maxima that alpha leads to.
+  __device__ __forceinline__ void finish_products(RowSums& sums, float const (&alpha)[2]) {
+    wait_product<0>(output_);
+    if constexpr (kRowSumColumn) {
+      warpgroup_fence_operand(sums);
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) row_sum_[r] = (row_sum_[r] + sums(2 * r)) * alpha[r];
+    }
+  }
+  __device__ __forceinline__ void rescale_output(float const (&alpha)[2]) {
+    if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) scale_rows(output_, alpha);
+  }
+
   // O = O alpha + P V, the product part by part of its columns, kInFlight parts in flight.
-  template <class P>
   __device__ __forceinline__ void add_product(P const& p, float const (&alpha)[2]) {
     Sums t;
     auto const issue = [&](auto part) {
@@ -153,21 +275,11 @@ class Fp8Mainloop {
     });
   }
 
-  // The same in the tensor core's accumulator.
-  template <class P>
-  __device__ __forceinline__ void accumulate_product(P const& p, float const (&alpha)[2]) {
-    if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) scale_rows(output_, alpha);
-    auto output = part_of<0>(output_);
-    issue_product(typename Traits::template MmaPV<0>{}, p, v_fragment<Traits, 0>(shared_.kv[ring_.slot]),
-                  output, true);
-    wait_product<0>(output);
-  }
-
   template <int kPart>
   static constexpr int kSize = kPartSize + (kPart == kParts - 1 ? 4 : 0);
 
   // One part of the columns of P V of the block in v_slot.
-  template <int kPart, class P>
+  template <int kPart>
   __device__ __forceinline__ void issue_part(Sums& t, P const& p) {
     typename Traits::template MmaPV<kPart> mma;
     auto part = part_of<kPart>(t);
@@ -273,7 +385,8 @@ class Fp8Mainloop {
     float factor[2], lse[2], row_sum[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r)
-      row_sum[r] = kTwoLevels ? __shfl_sync(~0u, row_sum_[r], threadIdx.x % 32 & ~3) : quad_sum(row_sum_[r]);
+      row_sum[r] =
+          kRowSumColumn ? __shfl_sync(~0u, row_sum_[r], threadIdx.x % 32 & ~3) : quad_sum(row_sum_[r]);
     softmax_.finish(row_sum, args_.fp8.p_offset, factor, lse);
     // NOTE: two ways to the same values; at d256 (one Q stage) registers are scarce, and d128 spills with the
     // first.

@@ -44,6 +44,17 @@ __device__ __forceinline__ auto v_fragment(uint8_t const* slot) {
   return thread.make_fragment_B(thread.partition_B(v));
 }
 
+// B operand of the row sums: the 8 rows behind V's channels.
+template <class Traits>
+__device__ __forceinline__ auto ones_fragment(uint8_t const* slot) {
+  using Element = typename Traits::ElementV;
+  Tensor ones =
+      make_tensor(make_smem_ptr(reinterpret_cast<Element const*>(slot) + Traits::kHeadDim * Traits::kBlockN),
+                  typename Traits::LayoutOnes{});
+  auto thread = typename Traits::MmaRowSum{}.get_slice(0);
+  return thread.make_fragment_B(thread.partition_B(ones));
+}
+
 // A operand of P V: P rounded, from where the accumulator of S has it.
 // NOTE: the FP32 accumulator of S and the 16-bit A operand of P V hold the same elements in the same threads
 // in the same order, so P never leaves its registers. The 8-bit A operand wants four neighbouring keys of a

@@ -72,6 +72,11 @@ struct ForwardTraits {
   static_assert(kFp8 || kTile.pv_parts == 0);
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
   static_assert(!kTile.key_vectors || kTile.pv_parts > 0);
+  static_assert(!kFp8 || !kTile.overlap || (kTile.pv_parts == 0 && kTile.qk_parts == 1));
+  static_assert(!kTile.flush || (kFp8 && kTile.overlap));
+  // What setmaxnreg hands out is what the CTA was launched with: 65536 registers, in eights a thread.
+  static_assert(128 * (kWarpgroups * kTile.consumer_registers + kTile.producer_registers) <=
+                kThreads * (65536 / kThreads / 8 * 8));
   // The next tile's Q lies beside this one's output.
   static_assert(!kTile.tma_store || (kTile.overlap && kQStages >= 2));
 
@@ -103,7 +108,7 @@ struct ForwardTraits {
 
   // The B operand (head dim, keys) of P V. 16 bit: the same bytes as LayoutK, seen transposed. 8 bit: V is
   // transposed in global memory, and the first of the 8 rows after the channels is ones, so that the row sum
-  // of P is one more column of the output.
+  // of P is one more column of the output, or a product of its own.
   static constexpr int kOutputColumns = kHeadDim + (kTile.pv_parts > 0 ? 8 : 0);
   static constexpr int kParts = kTile.pv_parts > 1 ? kTile.pv_parts : 1;
   template <int kPart>  // columns of O that one product makes: all, or a part
@@ -123,6 +128,11 @@ struct ForwardTraits {
       GMMA::rs_op_selector<ElementV, ElementV, float, Shape<_64, Int<kPartColumns<kPart>>, Int<kBlockN>>,
                            GMMA::Major::K, kFp8 ? GMMA::Major::K : GMMA::Major::MN>()));
 
+  using MmaRowSum = decltype(make_tiled_mma(
+      GMMA::rs_op_selector<ElementV, ElementV, float, Shape<_64, _8, Int<kBlockN>>>()));
+  using LayoutOnes =
+      decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<ElementV>{}, Shape<_8, Int<kBlockN>>{}));
+
   // P as the A operand of P V, in registers: (MMA, 1, kBlockN / elements of 32 bytes).
   using LayoutP = std::conditional_t<kFp8, Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>,
                                      Layout<Shape<Shape<_2, _2, _2>, _1, Int<kBlockN / 16>>>>;
@@ -139,9 +149,10 @@ struct ForwardTraits {
     // 8 bit: scales of the tile's rows, and where K's of its head start.
     float q_scales[kFp8 ? kQStages : 0][kWarpgroups][64];
     int k_scales[kFp8 ? kQStages : 0][kWarpgroups];
+    float2 flush_reference[kTile.flush ? kWarpgroups : 0][128];
   };
   // 1023: the most that aligning the base can cost.
-  static_assert(offsetof(SharedStorage, k_scales) + sizeof(SharedStorage::k_scales) + 1023 <=
+  static_assert(offsetof(SharedStorage, flush_reference) + sizeof(SharedStorage::flush_reference) + 1023 <=
                 forward_shared_memory(kTile));
 };
 

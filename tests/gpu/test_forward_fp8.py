@@ -32,7 +32,9 @@ RECIPES = {
     "accurate": Fp8Recipe.accurate(),
     "e4m3": replace(Fp8Recipe.default(), qk_dtype="e4m3"),
     # FlashAttention-3's scales, with two-level accumulation.
-    "per_head": replace(Fp8Recipe.fa3(), accumulation=1, row_sum="product"),
+    "per_head": replace(Fp8Recipe.fa3(), accumulation=None, row_sum="product"),
+    # Above head dim 128 the others flush less often.
+    "every_block": replace(Fp8Recipe.default(), accumulation=1),
     # Raw sums, kernels of their own.
     "fa3": Fp8Recipe.fa3(),
     "fa3_paper": Fp8Recipe.fa3_paper(),
@@ -106,7 +108,7 @@ def test_one_block(head_dim: int, seed: int) -> None:
     assert_agrees(quantize_qkv(q, k, v, replace(RECIPES["plain"], qk_dtype="int8")), truth)
 
 
-@pytest.mark.parametrize("recipe", ["default", "e4m3", "causal_safe"])
+@pytest.mark.parametrize("recipe", ["default", "e4m3", "every_block", "causal_safe"])
 @pytest.mark.parametrize("case", HEAD_DIM_CASES + SEQLEN_CASES + GQA_CASES + SCALE_CASES, ids=str)
 def test_shared_cases(case: Case, recipe: str, seed: int) -> None:
     check(case, recipe, seed)
@@ -134,7 +136,7 @@ EXPERIMENT_CASES += [(1, 2, 2, 300, 300, -0.3), (1, 2, 2, 300, 300, 0.0), (5, 12
         (row["variant"], row["head_dim"], dtype)
         for row in kernels.FORWARD_TILES
         for dtype in row["dtypes"]
-        if dtype in ("e4m3", "int8") and row["variant"] not in ("fp8", "fp8_raw", "fp8_keys")
+        if dtype in ("e4m3", "int8") and row["variant"] not in ("fp8", "fp8_raw", "fp8_flush", "fp8_keys")
     ],
 )
 def test_experiment_variants(
@@ -150,6 +152,29 @@ def test_experiment_variants(
             first = run_poisoned(qkv, case.softmax_scale, causal, out_dtype, variant)
             again = run_poisoned(qkv, case.softmax_scale, causal, out_dtype, variant)
             assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+# (batch, heads_q, heads_kv, seqlen_q, seqlen_k, softmax_scale): more tiles than multiprocessors; rows that
+# see no key; maxima that grow by more than 2**64.
+FLUSH_CASES = [(2, 24, 4, 700, 1700, None), (1, 4, 2, 1200, 600, None), (1, 4, 1, 300, 2100, 1.0)]
+
+
+@both_masks
+@pytest.mark.parametrize("sizes", FLUSH_CASES, ids=str)
+@pytest.mark.parametrize("interval", [2, 3, 8, 16, 40])
+@pytest.mark.parametrize("recipe", ["default", "e4m3", "per_head"])
+def test_flushes(recipe: str, interval: int, sizes: tuple, causal: bool, seed: int) -> None:
+    """Above head dim 128: sums that move to global memory every few blocks, while maxima grow."""
+    case = Case(*sizes[:5], 256, causal, sizes[5])
+    q, k, v = case.qkv(torch.bfloat16, seed, "cuda")
+    # Keys are walked from the last to the first.
+    k *= torch.linspace(4, 1, case.seqlen_k, device="cuda")[:, None, None]
+    truth, _ = attention_reference(q, k, v, case.softmax_scale, causal)
+    qkv = quantize_qkv(q, k, v, replace(RECIPES[recipe], accumulation=interval))
+    assert_agrees(qkv, truth, case.softmax_scale, causal)
+    first = run_poisoned(qkv, case.softmax_scale, causal)
+    again = run_poisoned(qkv, case.softmax_scale, causal)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 @every_instance
