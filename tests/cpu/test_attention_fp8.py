@@ -75,11 +75,28 @@ def test_key_vectors(k_granularity: str, smooth_q: bool, seed: int) -> None:
 
 def test_recipes_without_a_kernel_say_why() -> None:
     for recipe in (Fp8Recipe.causal_safe(), replace(Fp8Recipe.default(), smooth_q=True)):
-        assert kernels.fp8_variant(recipe) == "fp8_keys" and kernels.fp8_problem(recipe) is None
+        for head_dim in (64, 256):
+            assert kernels.fp8_variant(recipe, head_dim) == "fp8_keys"
+            assert kernels.fp8_problem(recipe, head_dim) is None
     raw = replace(Fp8Recipe.fa3(), k_granularity="token")
-    assert kernels.fp8_variant(raw) is None and kernels.fp8_problem(raw)
-    assert "rescale_threshold" in kernels.fp8_problem(Fp8Recipe(p_offset=4.0, rescale_threshold=4.0))
-    assert kernels.fp8_problem(Fp8Recipe.default()) is None
+    assert kernels.fp8_variant(raw, 64) is None and kernels.fp8_problem(raw, 64)
+    assert "rescale_threshold" in kernels.fp8_problem(Fp8Recipe(p_offset=4.0, rescale_threshold=4.0), 64)
+    assert "row_sum" in kernels.fp8_problem(replace(Fp8Recipe.default(), accumulation=4), 128)
+
+
+def test_variants_by_head_dim() -> None:
+    """What the default recipe's interval and kernel are, and that an explicit one is kept."""
+    recipe = Fp8Recipe.default()
+    for head_dim, interval, variant in ((64, 1, "fp8"), (128, 1, "fp8"), (136, 16, "fp8_flush")):
+        assert recipe.interval(head_dim) == interval
+        assert kernels.fp8_variant(recipe, head_dim) == variant
+        assert kernels.fp8_problem(recipe, head_dim) is None
+    assert kernels.fp8_variant(replace(recipe, accumulation=1), 256) == "fp8"
+    assert kernels.fp8_variant(replace(recipe, accumulation=5), 256) == "fp8_flush"
+    assert kernels.fp8_variant(Fp8Recipe.fa3(), 256) == "fp8_raw"
+    assert Fp8Recipe.causal_safe().interval(256) == 1
+    tile = kernels.forward_tile(256, "fp8_flush")
+    assert tile["flush_floats"] == 64 * 256 * tile["consumer_warpgroups"]
 
 
 @pytest.mark.parametrize("causal", [False, True])
