@@ -44,8 +44,6 @@ class Fp8Mainloop {
   using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
   using Sums = decltype(make_tensor<float>(Int<Traits::kOutputColumns / 2>{}));
-  using Output =
-      decltype(make_tensor<float>(Int<(kTemporary ? Traits::kHeadDim : Traits::kOutputColumns) / 2>{}));
   using P = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));  // 64 x kBlockN
   using RowSums = decltype(partition_fragment_C(typename Traits::MmaRowSum{}, Shape<_64, _8>{}));
 

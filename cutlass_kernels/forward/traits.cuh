@@ -128,10 +128,10 @@ struct ForwardTraits {
       GMMA::rs_op_selector<ElementV, ElementV, float, Shape<_64, Int<kPartColumns<kPart>>, Int<kBlockN>>,
                            GMMA::Major::K, kFp8 ? GMMA::Major::K : GMMA::Major::MN>()));
 
-  using MmaRowSum = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<ElementV, ElementV, float, Shape<_64, _8, Int<kBlockN>>>()));
-  using LayoutOnes =
-      decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<ElementV>{}, Shape<_8, Int<kBlockN>>{}));
+  // 8 bit: the product that makes row sums alone.
+  using MmaRowSum =
+      decltype(make_tiled_mma(GMMA::rs_op_selector<ElementV, ElementV, float, Shape<_64, _8, _128>>()));
+  using LayoutOnes = decltype(tile_to_shape(GMMA::Layout_K_SW128_Atom<ElementV>{}, Shape<_8, _128>{}));
 
   // P as the A operand of P V, in registers: (MMA, 1, kBlockN / elements of 32 bytes).
   using LayoutP = std::conditional_t<kFp8, Layout<Shape<Shape<_4, _2, _2>, _1, Int<kBlockN / 32>>>,
