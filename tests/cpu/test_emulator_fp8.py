@@ -301,6 +301,8 @@ def test_two_levels_make_the_error_independent_of_length(seed: int) -> None:
     short, long = sum_error(256, 1), sum_error(8192, 1)
     assert short < 2e-3 and long < 2e-3 and long < 2 * short
     assert sum_error(8192, 0) > 0.03
+    # Every 16 blocks: more, and no more at twice the length.
+    assert all(0.015 < sum_error(seqlen_k, 16) < 0.03 for seqlen_k in (4096, 8192))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -263,3 +263,14 @@ def test_long_sums_keep_their_bits(head_dim: int, seed: int) -> None:
     out, _ = run_poisoned(quantize_qkv(q, k, v), None, False, torch.float16)
     errors = error_metrics(out, truth)
     assert errors["relative_l2"] <= 2.8e-3 and abs(errors["signed_bias"]) <= 1e-3
+
+
+@pytest.mark.parametrize(("interval", "allowed"), [(1, 3.5e-3), (16, 3e-2)])
+def test_unsmoothed_sums_lose_no_more_than_their_interval(interval: int, allowed: float, seed: int) -> None:
+    """Head dim 256, 32k keys, V of mean 1 as it is: raw sums lose 30%."""
+    q, k, v = Case(1, 4, 4, 64, 32768, 256).qkv(torch.bfloat16, seed, "cuda")
+    v = v + 1
+    recipe = replace(RECIPES["e4m3"], smooth_v=False, compensate_v=False, accumulation=interval)
+    truth, _ = attention_reference(q, k, v)
+    out, _ = run_poisoned(quantize_qkv(q, k, v, recipe), None, False, torch.float16)
+    assert error_metrics(out, truth)["relative_l2"] <= allowed
