@@ -86,14 +86,6 @@ __device__ __forceinline__ uint32_t score_gradients(float p0, float p1, float dp
   return round_pair<Element>(p0 * (dp0 - delta.x), p1 * (dp1 - delta.y));
 }
 
-// threadIdx.x, but not known to be the same every time: what is computed from it takes no registers over a
-// loop.
-__device__ __forceinline__ unsigned fresh_thread() {
-  unsigned thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // dS of 64 keys by 64 queries to shared memory, 128 bytes a key in WGMMA's 128-byte swizzle. Four 8 x 8
 // matrices at a time, 16 keys by two octets of queries: lane i has the address of row i % 8 of matrix i / 8.
 template <class Element, class Operand>

@@ -11,16 +11,18 @@ namespace hopper_fa {
 // Of this thread's first row in the warpgroup's 64; its second is 8 further.
 __device__ __forceinline__ int row_in_tile() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-// The thread's number in its warpgroup, not known to be the same every time: it takes no register between
-// two uses.
+// threadIdx.x, but not known to be the same every time: what is computed from it takes no registers over a
+// loop.
 __device__ __forceinline__ unsigned fresh_thread() {
   unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread % 128;
+  return thread;
 }
+
+// row_in_tile() from that.
 __device__ __forceinline__ int fresh_row_in_tile() {
   unsigned const thread = fresh_thread();
-  return thread / 32 * 16 + thread % 32 / 4;
+  return thread % 128 / 32 * 16 + thread % 32 / 4;
 }
 
 // 4 x 4 transpose across a quad: lane t passes word j to lane j and ends with word t of lanes 0, 1, 2, 3.

@@ -131,10 +131,10 @@ class FlushedOutput {
   // NOTE: addresses made anew, for want of registers to hold them in.
   __device__ __forceinline__ float* sums() const {
     return args_.fp8.flush + (blockIdx.x * Traits::kWarpgroups + warpgroup_) * (64 * Traits::kHeadDim) +
-           4 * fresh_thread();
+           4 * (fresh_thread() % 128);
   }
   __device__ __forceinline__ float2& reference() const {
-    return shared_.flush_reference[warpgroup_][fresh_thread()];
+    return shared_.flush_reference[warpgroup_][fresh_thread() % 128];
   }
 
   static __device__ __forceinline__ float4 load(float const* address) {
