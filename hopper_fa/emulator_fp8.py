@@ -111,11 +111,10 @@ def attention_fp8_emulated(
         row_sum[of_rows] += p.sum(-1)
         p = p.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
         partial[rows] = _product(p, v[..., keys, :], partial[rows], pv_sums)
-        # NOTE: counted from key 0, so that a row's flushes do not depend on the rows beside it.
         if interval:
-            moved = slice(None) if block % interval == 0 else slice(head_dim, None)  # row sums in every block
-            out[(*rows[:-1], moved)] += partial[(*rows[:-1], moved)]
-            partial[(*rows[:-1], moved)] = 0.0
+            moved = (*rows[:-1], _moved_columns(block, interval, head_dim, v.shape[-1]))
+            out[moved] += partial[moved]
+            partial[moved] = 0.0
     out += partial
     if recipe.row_sum == "product":
         row_sum = out[..., head_dim]
@@ -137,6 +136,17 @@ def attention_fp8_emulated(
         lse = lse + scale * qkv.lse_shift
     lse = lse.masked_fill(empty, float("-inf"))
     return out.transpose(1, 2).to(out_dtype).contiguous(), lse.contiguous()
+
+
+def _moved_columns(block: int, interval: int, head_dim: int, columns: int) -> torch.Tensor:
+    """Columns of the output that leave the tensor core's accumulator after a block of keys.
+
+    Row sums (behind head_dim) do after every block; up to head dim 128 the others together, above 64 at a
+    time, a block apart. Counted from key 0, so that a row's moves do not depend on the rows beside it.
+    """
+    column = torch.arange(columns)
+    group = column // 64 if head_dim > 128 else torch.zeros_like(column)
+    return (((block + group) % interval == 0) | (column >= head_dim)).nonzero().flatten()
 
 
 def attention_dequantized(

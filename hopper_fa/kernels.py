@@ -33,6 +33,9 @@ FORWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.forward_tiles())
 # The same of the backward's table.
 BACKWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.backward_tiles())
 
+# Shortest interval, in key blocks, at which the "fp8_flush" kernels move their sums.
+FEWEST_FLUSHED_BLOCKS: int = _C.FEWEST_FLUSHED_BLOCKS
+
 # 2**r on [-1/2, 1/2] as c0 + c1 r + c2 r**2 + c3 r**3.
 EXP2_POLYNOMIAL: tuple[float, ...] = tuple(_C.exp2_polynomial())
 
@@ -276,7 +279,7 @@ def fp8_variant(recipe: Fp8Recipe, head_dim: int) -> str | None:
         return "fp8_keys" if recipe.has_key_vectors else "fp8"
     if recipe.has_key_vectors:
         return None
-    if recipe.row_sum == "product" and interval > 1 and head_dim > 128:
+    if recipe.row_sum == "product" and interval >= FEWEST_FLUSHED_BLOCKS and head_dim > 128:
         return "fp8_flush"
     if recipe.row_sum == "fp32" and interval == 0 and recipe.qk_dtype == "e4m3":
         return "fp8_raw"
@@ -292,8 +295,8 @@ def fp8_problem(recipe: Fp8Recipe, head_dim: int) -> str | None:
     if recipe.has_key_vectors:
         return 'k_granularity="token" and smooth_q only with accumulation=1 and row_sum="product"'
     return (
-        'only row_sum="product" with accumulation=1, or above head dim 128 more, and row_sum="fp32" with '
-        'accumulation=0 and qk_dtype="e4m3"'
+        'only row_sum="product" with accumulation=1, or above head dim 128 also '
+        f'{FEWEST_FLUSHED_BLOCKS} and more, and row_sum="fp32" with accumulation=0 and qk_dtype="e4m3"'
     )
 
 

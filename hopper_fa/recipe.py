@@ -44,7 +44,8 @@ class Fp8Recipe:
             rescales at every growth. p_offset + rescale_threshold must not exceed log2(448) = 8.807.
         accumulation: the tensor core adds with 13 fraction bits and cuts the rest off. Every `accumulation`
             key blocks of K_BLOCK, counted from key 0, its sum is moved to float32 and starts again from zero,
-            row sums as a product in every block; 0: never. None: as the fastest kernel, see `interval`.
+            row sums as a product in every block, and above head dim 128 the columns 64 at a time, a block
+            apart; 0: never. None: as the fastest kernel, see `interval`.
         row_sum: what P V is divided by. "product": the same product with a column of ones, so that the
             rounding of P and the tensor core's cut are in numerator and denominator alike. "fp32": the
             float32 sum of the unrounded P (FlashAttention-3).

@@ -348,6 +348,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled face of hopper_fa; only hopper_fa/kernels.py imports it.";
   m.attr("cuda_version") = HOPPER_FA_CUDA_VERSION;
   m.attr("cutlass_version") = HOPPER_FA_CUTLASS_VERSION;
+  m.attr("FEWEST_FLUSHED_BLOCKS") = kFewestFlushedBlocks;
   m.attr("STATUS_OK") = static_cast<int>(Status::kOk);
   m.attr("DTYPES") = py::dict(
       py::arg("bf16") = static_cast<int>(DType::kBF16), py::arg("fp16") = static_cast<int>(DType::kFP16),

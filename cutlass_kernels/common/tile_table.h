@@ -94,6 +94,9 @@ constexpr int forward_v_rows(ForwardTile const& t) {
 // Whether the row sum of P is a column of the output.
 constexpr bool forward_row_sum_column(ForwardTile const& t) { return t.pv_parts > 0 || t.flush; }
 
+// The shortest interval of tiles that flush: their groups of columns move one after the other, a block apart.
+constexpr int kFewestFlushedBlocks = 5;
+
 // 8 bit: floats of global memory that a CTA's warpgroups move O to.
 constexpr int forward_flush_floats(ForwardTile const& t) { return t.flush ? t.block_m * t.head_dim : 0; }
 

@@ -25,52 +25,34 @@ class Loader {
   struct Block {
     int index, head, batch;  // head of K and V
   };
+  Tile tile_;
+  int first_row_;   // of the tile
   Block first_;     // of the tile's blocks, which are loaded last to first
   Block v_ = {-1};  // V block that follows the next K block; index -1: none
-  int query_head_;  // of the tile; with key_vectors
 
  public:
   __device__ Loader(typename Traits::Arguments const& args, Shared& shared) : args_(args), shared_(shared) {
     ring_.phase = q_ring_.phase = 1;
   }
 
-  // Loads Q of every warpgroup in use, and returns how many turns of K and V blocks the tile has.
+  // Returns how many turns of K and V blocks the tile has.
   __device__ __forceinline__ int start_tile(Tile const& tile) {
     int const rows = 64 * args_.warpgroups;
-    int const row = tile.m_block * rows;
-    int const end = block_range(row, rows, args_.seqlen_q, args_.seqlen_k, args_.causal, Traits::kBlockN).end;
-    if (end == 0) return 0;
+    tile_ = tile;
+    first_row_ = tile.m_block * rows;
+    int const end =
+        block_range(first_row_, rows, args_.seqlen_q, args_.seqlen_k, args_.causal, Traits::kBlockN).end;
     first_ = {end - 1, tile.head / args_.q_heads_per_kv, tile.batch};
-    if constexpr (Traits::kTile.key_vectors) query_head_ = tile.head;
-    for (int wg = 0; wg < args_.warpgroups; ++wg) {
-      uint64_t& full = shared_.q_full[q_ring_.slot][wg];
-      EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
-      if constexpr (Traits::kFp8) copy_scales(tile, row + 64 * wg, wg);
-      if (elect_one_sync()) {
-        uint32_t const affine_bytes = Traits::kFp8 ? args_.head_dim * sizeof(float) : 0;
-        FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]) + 2 * affine_bytes);
-        if constexpr (Traits::kFp8) {
-          int64_t const channels =
-              (int64_t(tile.batch) * (args_.scheduler.heads_q / args_.q_heads_per_kv) + first_.head) *
-              args_.head_dim;
-          auto& affine = shared_.v_affine[affine_ring_.slot][wg];
-          SM90_BULK_COPY_G2S::copy(args_.fp8.v_scale + channels, &full, affine[0], affine_bytes);
-          SM90_BULK_COPY_G2S::copy(args_.fp8.v_mean + channels, &full, affine[1], affine_bytes);
-        }
-        copy_slabs(args_.q, full, shared_.q[q_ring_.slot][wg], 64, row + 64 * wg, tile.head, tile.batch,
-                   TMA::CacheHintSm90::EVICT_FIRST);
-      }
-      __syncwarp();
-    }
-    q_ring_.advance();
-    affine_ring_.advance();
     return end;
   }
 
   // What the warpgroups read in their turn-th turn of the tile: a K block, and the V block of the turn
-  // before, which may be the tile before's.
+  // before, which may be the tile before's; in the first turn Q too.
+  // NOTE: with one stage Q waits until the tile before is done with its own, and nothing else may wait for
+  // that.
   __device__ __forceinline__ void load_turn(int turn) {
     Block const block = {first_.index - turn, first_.head, first_.batch};
+    if (Traits::kQStages > 1 && turn == 0) load_q();
     load_k(block);
     if constexpr (Traits::kTile.overlap) {
       if (v_.index >= 0) load_v(v_);
@@ -82,6 +64,7 @@ class Loader {
     } else {
       load_v(block);
     }
+    if (Traits::kQStages == 1 && turn == 0) load_q();
   }
 
   // After the last tile: the V block that is still due.
@@ -92,18 +75,58 @@ class Loader {
  private:
   using Element = typename Traits::Element;
 
-  // What a warpgroup dequantises scores with. Here, where nobody waits for the loads.
-  __device__ __forceinline__ void copy_scales(Tile const& tile, int first_row, int wg) {
-    ScaleRef const &q_scale = args_.fp8.q_scale, &k_scale = args_.fp8.k_scale;
-    float const* const of_head =
-        q_scale.data + (tile.batch * q_scale.batch_stride + tile.head * q_scale.head_stride);
-    for (int row = threadIdx.x % 32; row < 64; row += 32) {
-      int const group = min(first_row + row, args_.seqlen_q - 1) >> args_.q_group_shift;
-      shared_.q_scales[q_ring_.slot][wg][row] = __ldg(of_head + group * q_scale.group_stride) *
-                                                (Traits::kTile.key_vectors ? 1.f : args_.scale_log2);
+  // Q of every warpgroup in use, and what it dequantises scores with.
+  __device__ __forceinline__ void load_q() {
+    // NOTE: before Q's place is waited for, so that nobody waits for these loads.
+    float2 next = load_scales(0);
+    CUTE_UNROLL
+    for (int wg = 0; wg < Traits::kWarpgroups; ++wg) {
+      if (wg >= args_.warpgroups) break;
+      float2 const scales = next;
+      if (wg + 1 < Traits::kWarpgroups) next = load_scales(wg + 1);
+      uint64_t& full = shared_.q_full[q_ring_.slot][wg];
+      EmptyBarrier::wait(&shared_.q_empty[q_ring_.slot][wg], q_ring_.phase);
+      if constexpr (Traits::kFp8) store_scales(scales, wg);
+      if (elect_one_sync()) {
+        uint32_t const affine_bytes = Traits::kFp8 ? args_.head_dim * sizeof(float) : 0;
+        FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]) + 2 * affine_bytes);
+        copy_slabs(args_.q, full, shared_.q[q_ring_.slot][wg], 64, first_row_ + 64 * wg, tile_.head,
+                   tile_.batch, TMA::CacheHintSm90::EVICT_FIRST);
+        if constexpr (Traits::kFp8) {
+          int64_t const channels =
+              (int64_t(tile_.batch) * (args_.scheduler.heads_q / args_.q_heads_per_kv) + first_.head) *
+              args_.head_dim;
+          auto& affine = shared_.v_affine[affine_ring_.slot][wg];
+          SM90_BULK_COPY_G2S::copy(args_.fp8.v_scale + channels, &full, affine[0], affine_bytes);
+          SM90_BULK_COPY_G2S::copy(args_.fp8.v_mean + channels, &full, affine[1], affine_bytes);
+        }
+      }
+      __syncwarp();
     }
+    q_ring_.advance();
+    affine_ring_.advance();
+  }
+
+  // Dequantisation of two of a warpgroup's rows, a lane.
+  __device__ __forceinline__ float2 load_scales(int wg) const {
+    if constexpr (!Traits::kFp8) return {};
+    ScaleRef const& q_scale = args_.fp8.q_scale;
+    float const* const of_head =
+        q_scale.data + (tile_.batch * q_scale.batch_stride + tile_.head * q_scale.head_stride);
+    auto const of_row = [&](int row) {
+      return __ldg(of_head + (min(row, args_.seqlen_q - 1) >> args_.q_group_shift) * q_scale.group_stride);
+    };
+    int const row = first_row_ + 64 * wg + threadIdx.x % 32;
+    return {of_row(row), of_row(row + 32)};
+  }
+  __device__ __forceinline__ void store_scales(float2 scales, int wg) {
+    ScaleRef const& k_scale = args_.fp8.k_scale;
+    float const scale_log2 = Traits::kTile.key_vectors ? 1.f : args_.scale_log2;
+    float* const of_rows = shared_.q_scales[q_ring_.slot][wg] + threadIdx.x % 32;
+    of_rows[0] = scales.x * scale_log2;
+    of_rows[32] = scales.y * scale_log2;
     shared_.k_scales[q_ring_.slot][wg] =
-        tile.batch * k_scale.batch_stride + first_.head * k_scale.head_stride;
+        tile_.batch * k_scale.batch_stride + first_.head * k_scale.head_stride;
     __syncwarp();  // the lane that arrives speaks for all
   }
 
@@ -115,7 +138,7 @@ class Loader {
         constexpr int kBytes = Traits::kKeyVectorBytes / 2;
         SM90_BULK_COPY_G2S::copy(key_vector(args_.fp8.k_scale, block, block.head), &full,
                                  slot + Traits::kKBytes, kBytes);
-        SM90_BULK_COPY_G2S::copy(key_vector(args_.key_bias, block, query_head_), &full,
+        SM90_BULK_COPY_G2S::copy(key_vector(args_.key_bias, block, tile_.head), &full,
                                  slot + Traits::kKBytes + kBytes, kBytes);
       }
     });

@@ -169,8 +169,6 @@ class Fp8Mainloop {
 
   // passed_by: other rows of the tile see blocks that these do not.
   __device__ __forceinline__ void run_overlapped(BlockRange const& range, int row, bool passed_by) {
-    std::conditional_t<kTile.flush, FlushedOutput<Traits>, NeverFlushed> flushed(args_, shared_, warpgroup_,
-                                                                                 range.end);
     P p;
     {
       Scores s;
@@ -185,31 +183,74 @@ class Fp8Mainloop {
       if (passed_by) skip_block();
       round_probabilities<Traits>(floats_of(s), p);
     }
+    int n = range.end - 2;
+    if constexpr (kTile.flush) {
+      FlushedOutput<Traits> flushed(args_, shared_, warpgroup_);
+      // NOTE: group g moves after block b when the interval divides b + g, counted from key 0, so that a
+      // row's moves do not depend on the rows beside it. Here n + 2 is that block.
+      int const interval = args_.fp8.flush_interval;
+      int since = (interval - (n + 2) % interval) % interval;  // blocks since group 0 was due
+      while (n >= 0) {
+        move_groups<0>(flushed, p, n, since, range, row);
 #pragma unroll 1
-    for (int n = range.end - 2; n >= 0; --n) {
-      Scores s;
-      float alpha[2];
-      float const block_scale = k_scale(n);
-      read_q_scales();
-      wait_block();
-      __syncwarp();
-      issue_half<0>(s);
-      int const k_slot = ring_.slot;
-      ring_.advance();
-      wait_block();
-      RowSums sums;
-      issue_product_into_output(p);
-      issue_row_sums(p, sums);
-      follow_scores<kRowSumColumn ? 2 : 1>(s, k_slot, n, range, row, block_scale, alpha);
-      // NOTE: P takes the place of the one in use only after the product.
-      warpgroup_fence_operand(s);
-      finish_products(sums, alpha);
-      release_slot(ring_.slot);
-      ring_.advance();
-      rescale_output(alpha);
-      round_probabilities<Traits>(floats_of(s), p);
-      flushed.count_block(output_, softmax_.row_max);
+        for (; n >= 0 && since < interval; --n, ++since) turn(p, n, range, row, [] {});
+        since = 0;
+      }
+      finish_last_block(p);
+      flushed.finish(output_, softmax_.row_max);
+    } else {
+#pragma unroll 1
+      for (; n >= 0; --n) turn(p, n, range, row, [] {});
+      finish_last_block(p);
     }
+  }
+
+  // The turns in which the groups from kGroup on move.
+  template <int kGroup>
+  __device__ __forceinline__ void move_groups(FlushedOutput<Traits>& flushed, P& p, int& n, int& since,
+                                              BlockRange const& range, int row) {
+    if constexpr (kGroup < FlushedOutput<Traits>::kGroups) {
+      if (since == kGroup && n >= 0) {
+        float factor[2];
+        flushed.prepare(softmax_.row_max, factor);
+        turn(p, n, range, row,
+             [&]() __attribute__((always_inline)) { flushed.template move<kGroup>(output_, factor); });
+        --n, ++since;
+      }
+      move_groups<kGroup + 1>(flushed, p, n, since, range, row);
+    }
+  }
+
+  // S of block n, P V of the one before, and the softmax of S. beside(), which may touch O and not branch,
+  // comes while S is multiplied.
+  template <class Beside>
+  __device__ __forceinline__ void turn(P& p, int n, BlockRange const& range, int row, Beside beside) {
+    Scores s;
+    float alpha[2];
+    float const block_scale = k_scale(n);
+    read_q_scales();
+    wait_block();
+    __syncwarp();
+    issue_half<0>(s);
+    int const k_slot = ring_.slot;
+    ring_.advance();
+    beside();
+    wait_block();
+    RowSums sums;
+    issue_product_into_output(p);
+    issue_row_sums(p, sums);
+    follow_scores<kRowSumColumn ? 2 : 1>(s, k_slot, n, range, row, block_scale, alpha);
+    // NOTE: P takes the place of the one in use only after the product.
+    warpgroup_fence_operand(s);
+    finish_products(sums, alpha);
+    release_slot(ring_.slot);
+    ring_.advance();
+    rescale_output(alpha);
+    round_probabilities<Traits>(floats_of(s), p);
+  }
+
+  // P V of the tile's last block.
+  __device__ __forceinline__ void finish_last_block(P const& p) {
     RowSums sums;
     wait_block();
     issue_product_into_output(p);
@@ -218,7 +259,6 @@ class Fp8Mainloop {
     finish_products(sums, kSame);
     release_slot(ring_.slot);
     ring_.advance();
-    flushed.finish(output_, softmax_.row_max);
   }
 
   // Waits for S of block n with kPending later products in flight: P in its place, as floats.

@@ -92,7 +92,9 @@ def test_variants_by_head_dim() -> None:
         assert kernels.fp8_variant(recipe, head_dim) == variant
         assert kernels.fp8_problem(recipe, head_dim) is None
     assert kernels.fp8_variant(replace(recipe, accumulation=1), 256) == "fp8"
-    assert kernels.fp8_variant(replace(recipe, accumulation=5), 256) == "fp8_flush"
+    fewest = kernels.FEWEST_FLUSHED_BLOCKS
+    assert kernels.fp8_variant(replace(recipe, accumulation=fewest), 256) == "fp8_flush"
+    assert str(fewest) in kernels.fp8_problem(replace(recipe, accumulation=fewest - 1), 256)
     assert kernels.fp8_variant(Fp8Recipe.fa3(), 256) == "fp8_raw"
     assert Fp8Recipe.causal_safe().interval(256) == 1
     tile = kernels.forward_tile(256, "fp8_flush")

@@ -161,7 +161,7 @@ FLUSH_CASES = [(2, 24, 4, 700, 1700, None), (1, 4, 2, 1200, 600, None), (1, 4, 1
 
 @both_masks
 @pytest.mark.parametrize("sizes", FLUSH_CASES, ids=str)
-@pytest.mark.parametrize("interval", [2, 3, 8, 16, 40])
+@pytest.mark.parametrize("interval", [5, 6, 8, 16, 40])
 @pytest.mark.parametrize("recipe", ["default", "e4m3", "per_head"])
 def test_flushes(recipe: str, interval: int, sizes: tuple, causal: bool, seed: int) -> None:
     """Above head dim 128: sums that move to global memory every few blocks, while maxima grow."""
