@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from hopper_fa.emulator import heads_by_kv, key_blocks, positive_log2_scale, rescale
+from hopper_fa import kernels
+from hopper_fa.emulator import exp2_chords, heads_by_kv, key_blocks, positive_log2_scale, rescale
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import E4M3_MAX, K_BLOCK
 from hopper_fa.reference import attention_reference
@@ -75,6 +76,8 @@ def attention_fp8_emulated(
         row_factor = torch.full_like(row_scale, positive_log2_scale(scale))
 
     integer = recipe.qk_dtype == "int8" and not key_vectors
+    variant = kernels.fp8_variant(recipe, head_dim)
+    chord_octets = 0 if variant is None else kernels.forward_tile(head_dim, variant)["fma_exp2_octets"]
 
     shape = q.shape[:-1]
     row_max = q.new_full(shape, float("-inf"))
@@ -106,6 +109,10 @@ def attention_fp8_emulated(
             s += MAGIC
             bias = _fused_multiply_add(c, -MAGIC, bias)
         p = _fused_multiply_add(s, c, bias).exp2_()
+        if chord_octets:
+            octet = torch.arange(s.shape[-1], device=s.device) // 8 % 8
+            by_chords = exp2_chords(_fused_multiply_add(s, c, bias + kernels.EXP2_CHORDS[0]))
+            p = torch.where(octet < chord_octets, by_chords, p)
         if hidden is not None:
             p.masked_fill_(hidden, 0.0)
         row_sum[of_rows] += p.sum(-1)
@@ -142,11 +149,14 @@ def _moved_columns(block: int, interval: int, head_dim: int, columns: int) -> to
     """Columns of the output that leave the tensor core's accumulator after a block of keys.
 
     Row sums (behind head_dim) do after every block; up to head dim 128 the others together, above 64 at a
-    time, a block apart. Counted from key 0, so that a row's moves do not depend on the rows beside it.
+    time, a block apart, unless fewer blocks than the interval are left. Counted from key 0, so that a row's
+    moves do not depend on the rows beside it.
     """
     column = torch.arange(columns)
-    group = column // 64 if head_dim > 128 else torch.zeros_like(column)
-    return (((block + group) % interval == 0) | (column >= head_dim)).nonzero().flatten()
+    due = torch.full((columns,), block % interval == 0)
+    if head_dim > 128 and interval > 1:
+        due = ((block + column // 64 - 4) % interval == 0) & (block >= interval)
+    return (due | (column >= head_dim)).nonzero().flatten()
 
 
 def attention_dequantized(

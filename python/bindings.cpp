@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common/block_range.h"
-#include "common/exp2_polynomial.h"
+#include "common/exp2_constants.h"
 #include "common/query_walk.h"
 #include "common/tile_scheduler.h"
 #include "common/tile_table.h"
@@ -364,6 +364,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward_tiles", &forward_tiles);
   m.def("exp2_polynomial",
         [] { return std::vector<float>(std::begin(kExp2Polynomial), std::end(kExp2Polynomial)); });
+  m.attr("EXP2_CHORDS") = py::make_tuple(kExp2ChordShift, kExp2ChordFactor, kExp2ChordFloor);
 
   def_forward(m, &forward_params);
 

@@ -7,19 +7,25 @@
 
 namespace hopper_fa {
 
+// The maximum of a row that has seen no key.
+// NOTE: finite, so that what is left of it is no infinity less an infinity: nothing needs to look.
+constexpr float kNoMaximum = -0x1p127f;
+
 // Score: int32_t of int8 products, or float of e4m3's.
 //
 // NOTE: maxima are of integers in both, because Hopper has a three-way integer maximum and no float one: half
 // the instructions. Floats that are not negative are ordered as their bits are.
-template <class Score>
+//
+// Of every 8 column octets kChordOctets take exp2 off the special-function unit.
+template <class Score, int kChordOctets = 0>
 struct QuantizedSoftmax {
   static constexpr bool kInteger = std::is_same_v<Score, int32_t>;
   // Added to the integer S the bits of kMagic give the bits of S + kMagic, for |S| < 2^22.
   static constexpr float kMagic = 12582912.f;  // 1.5 * 2^23
   static constexpr uint32_t kMagicBits = 0x4b400000u, kMinusInfinityBits = 0xff800000u;
 
-  float row_max[2] = {-INFINITY, -INFINITY};  // that P is relative to, in log2 units of scaled scores
-  float row_scale[2];                         // dequantisation of Q, times softmax_scale * log2(e)
+  float row_max[2] = {kNoMaximum, kNoMaximum};  // that P is relative to, in log2 units of scaled scores
+  float row_scale[2];                           // dequantisation of Q, times softmax_scale * log2(e)
 
   // The score of a key that a row must not see: -inf once it is a float.
   static __device__ __forceinline__ Score hidden() {
@@ -69,23 +75,23 @@ struct QuantizedSoftmax {
     for (int r = 0; r < 2; ++r) {
       // NOTE: never 0, which would turn the mask's -inf into NaN; nor NaN where the row sees no key of the
       // block.
-      scale[r] = !kRowScale                 ? block_scale
-                 : unscaled[r] == -INFINITY ? 1.f
-                                            : max_nan(row_scale[r] * block_scale, 0x1p-149f);
+      float const product = max_nan(row_scale[r] * block_scale, 0x1p-149f);
+      scale[r] = !kRowScale ? block_scale : unscaled[r] == -INFINITY ? 1.f : product;
       float const new_max = max_nan(row_max[r], unscaled[r] * scale[r]);
-      bool const empty = new_max == -INFINITY;
-      alpha[r] = empty ? 0.f : exp2_sfu(row_max[r] - new_max);
-      bias[r] = empty ? 0.f : p_offset - new_max;
+      alpha[r] = exp2_sfu(row_max[r] - new_max);
+      bias[r] = p_offset - new_max;
       // NOTE: rounding this sum moves all scores of a row and block by at most one in the integers' last
       // place together.
       if (kInteger) bias[r] = fmaf(-kMagic, scale[r], bias[r]);
       row_max[r] = new_max;
       if constexpr (kSum) row_sum[r] *= alpha[r];
     }
+    float const chord_bias[2] = {bias[0] + kExp2ChordShift, bias[1] + kExp2ChordShift};
     CUTE_UNROLL
     for (int i = 0; i < decltype(cute::size(s))::value; ++i) {
       int const r = (i >> 1) & 1;
-      p(i) = exp2_sfu(fmaf(as_float(s(i)), scale[r], bias[r]));
+      p(i) = i / 4 % 8 < kChordOctets ? exp2_chords(fmaf(as_float(s(i)), scale[r], chord_bias[r]))
+                                      : exp2_sfu(fmaf(as_float(s(i)), scale[r], bias[r]));
       if constexpr (kSum) row_sum[r] += p(i);
     }
   }
@@ -97,7 +103,7 @@ struct QuantizedSoftmax {
     constexpr float kLn2 = 0.693147180559945309f;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      bool const empty = row_max[r] == -INFINITY;
+      bool const empty = row_max[r] == kNoMaximum;
       factor[r] = empty ? 0.f : reciprocal_sfu(row_sum[r]);
       lse[r] = empty ? -INFINITY : kLn2 * (row_max[r] - p_offset + log2_sfu(row_sum[r]));
     }
@@ -114,12 +120,16 @@ struct QuantizedSoftmax {
   // The rows' maxima over the block, across the quads.
   template <class Scores>
   static __device__ __forceinline__ void block_max(Scores const& s, int (&best)[2], float (&result)[2]) {
+    // NOTE: both rows' shuffles before the first result, which comes some 25 clocks later.
     CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      best[r] = max(best[r], __shfl_xor_sync(~0u, best[r], 1));
-      best[r] = max(best[r], __shfl_xor_sync(~0u, best[r], 2));
-      result[r] = kInteger ? as_float(static_cast<Score>(best[r])) - kMagic : __int_as_float(best[r]);
+    for (int distance = 1; distance <= 2; distance *= 2) {
+      int const other[2] = {__shfl_xor_sync(~0u, best[0], distance), __shfl_xor_sync(~0u, best[1], distance)};
+      best[0] = max(best[0], other[0]);
+      best[1] = max(best[1], other[1]);
     }
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r)
+      result[r] = kInteger ? as_float(static_cast<Score>(best[r])) - kMagic : __int_as_float(best[r]);
     if constexpr (!kInteger) {
       // A row without a positive score: rare, unless the mask hides all of its keys.
       if (__any_sync(~0u, best[0] <= 0 || best[1] <= 0)) {

@@ -10,17 +10,17 @@ namespace hopper_fa {
 enum class PingPong { kNever, kAfterQK, kAfterPV };
 
 struct ForwardTile {
-  char const* variant;      // users run "default" and, with 8-bit inputs, fp8, fp8_raw, _flush and _keys
-  int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
-  int block_m;              // query rows a CTA tile; 64 a consumer warpgroup
-  int block_n;              // keys a step
-  int q_stages;             // tiles whose Q is in shared memory; 2: the next one loads beside this one
-  int kv_stages;            // K or V blocks in flight (one ring holds both)
-  int producer_registers;   // setmaxnreg of the loading warpgroup; 0: no warp specialisation
-  int consumer_registers;   // setmaxnreg of the computing warpgroups
-  PingPong ping_pong;       // when a warpgroup's turn on the tensor cores ends
-  bool overlap;             // QK of the next block is issued before PV of this one
-  int fma_exp2_octets;      // of every 8 column octets, how many compute exp2 on the FP32 pipe
+  char const* variant;     // users run "default" and, with 8-bit inputs, fp8, fp8_raw, _flush and _keys
+  int head_dim;            // largest head dim the instance takes; smaller ones are zero-padded by the loads
+  int block_m;             // query rows a CTA tile; 64 a consumer warpgroup
+  int block_n;             // keys a step
+  int q_stages;            // tiles whose Q is in shared memory; 2: the next one loads beside this one
+  int kv_stages;           // K or V blocks in flight (one ring holds both)
+  int producer_registers;  // setmaxnreg of the loading warpgroup; 0: no warp specialisation
+  int consumer_registers;  // setmaxnreg of the computing warpgroups
+  PingPong ping_pong;      // when a warpgroup's turn on the tensor cores ends
+  bool overlap;            // QK of the next block is issued before PV of this one
+  int fma_exp2_octets;  // of every 8 column octets, how many compute exp2 on the FP32 pipe, 8-bit by chords
   float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
   int element_bytes = 2;    // of Q, K and V
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its
@@ -42,7 +42,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     // 8-bit inputs.
-    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
+    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 2, 0.0f, 1, 1, false, 1, 2},
     {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},

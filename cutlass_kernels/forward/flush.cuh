@@ -10,7 +10,7 @@
 #pragma once
 
 #include "common/fragment.cuh"
-#include "common/softmax.cuh"
+#include "common/quantized_softmax.cuh"
 #include "forward/operands.cuh"
 #include "forward/traits.cuh"
 
@@ -43,8 +43,8 @@ class FlushedOutput {
       return;
     }
     float2 const reference = this->reference();
-    factor[0] = row_max[0] == -INFINITY ? 0.f : exp2_sfu(row_max[0] - reference.x);
-    factor[1] = row_max[1] == -INFINITY ? 0.f : exp2_sfu(row_max[1] - reference.y);
+    factor[0] = row_max[0] == kNoMaximum ? 0.f : exp2_sfu(row_max[0] - reference.x);
+    factor[1] = row_max[1] == kNoMaximum ? 0.f : exp2_sfu(row_max[1] - reference.y);
     if (__any_sync(~0u, is_far(row_max[0], reference.x) || is_far(row_max[1], reference.y))) {
       rescale(row_max);
       factor[0] = factor[1] = 1.f;
@@ -95,11 +95,11 @@ class FlushedOutput {
 
  private:
   static __device__ __forceinline__ bool is_far(float row_max, float reference) {
-    return row_max != -INFINITY && !(fabsf(row_max - reference) <= kRange);
+    return row_max != kNoMaximum && !(fabsf(row_max - reference) <= kRange);
   }
   // NOTE: rows without a key so far have nothing to add, whatever their reference is.
   static __device__ __forceinline__ float reference_of(float row_max) {
-    return row_max == -INFINITY ? 0.f : row_max;
+    return row_max == kNoMaximum ? 0.f : row_max;
   }
   __device__ __forceinline__ void set_reference(float const (&row_max)[2]) const {
     reference() = make_float2(reference_of(row_max[0]), reference_of(row_max[1]));

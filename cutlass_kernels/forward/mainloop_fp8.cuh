@@ -41,7 +41,7 @@ class Fp8Mainloop {
   static constexpr int kInFlight = kTile.pv_in_flight;
   static constexpr bool kKeyVectors = kTile.key_vectors;
   using Score = typename Traits::Score;
-  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
+  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>, kTile.fma_exp2_octets>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
   using Sums = decltype(make_tensor<float>(Int<Traits::kOutputColumns / 2>{}));
   using P = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));  // 64 x kBlockN
@@ -122,14 +122,28 @@ class Fp8Mainloop {
 
  private:
   __device__ __forceinline__ void run_in_order(BlockRange const& range, int row) {
-    baton_.take_immediate();
+    // NOTE: what a block's turn needs is at hand before the turn, if there are registers to have it in. So is
+    // the number of the barrier: four immediate ones are an indirect branch.
+    constexpr bool kEarlyScales = false;
+    auto const take_turn = [&] { kParts == 1 ? baton_.take() : baton_.take_immediate(); };
+    float block_scale;
+    auto const read_scales = [&](int n) {
+      block_scale = kKeyVectors ? args_.scale_log2 : k_scale(n);
+      read_q_scales();
+    };
+    if constexpr (kEarlyScales) {
+      read_scales(range.end - 1);
+      wait_block();
+    }
+    take_turn();
 #pragma unroll 1
     for (int n = range.end - 1; n >= 0; --n) {
-      float const block_scale = kKeyVectors ? args_.scale_log2 : k_scale(n);
-      read_q_scales();
       Scores s;
       int best[2];
-      wait_block();
+      if constexpr (!kEarlyScales) {
+        read_scales(n);
+        wait_block();
+      }
       // NOTE: else int8 keeps its counters in vector registers, and 100 bytes spill; at d128 it costs
       // registers.
       if constexpr (Traits::kHeadDim == 256) __syncwarp();
@@ -152,8 +166,12 @@ class Fp8Mainloop {
       // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
       // of the softmax moves below the baton, under which it would hold everybody up.
       warpgroup_fence_operand(p);
+      if (kEarlyScales && n > 0) {
+        read_scales(n - 1);
+        wait_block_after();
+      }
       wait_block();
-      baton_.take_immediate();
+      take_turn();
       if constexpr (kTemporary) {
         add_product(p, alpha);
       } else {
@@ -186,14 +204,16 @@ class Fp8Mainloop {
     int n = range.end - 2;
     if constexpr (kTile.flush) {
       FlushedOutput<Traits> flushed(args_, shared_, warpgroup_);
-      // NOTE: group g moves after block b when the interval divides b + g, counted from key 0, so that a
-      // row's moves do not depend on the rows beside it. Here n + 2 is that block.
+      // NOTE: group g moves after block b when the interval divides b + g - kGroups, counted from key 0, so
+      // that a row's moves do not depend on the rows beside it; but not when fewer blocks are left. Here n +
+      // 2 is that block.
+      constexpr int kGroups = FlushedOutput<Traits>::kGroups;
       int const interval = args_.fp8.flush_interval;
-      int since = (interval - (n + 2) % interval) % interval;  // blocks since group 0 was due
+      int since = (interval - (n + 2 - kGroups) % interval) % interval;  // blocks since group 0 was due
       while (n >= 0) {
         move_groups<0>(flushed, p, n, since, range, row);
 #pragma unroll 1
-        for (; n >= 0 && since < interval; --n, ++since) turn(p, n, range, row, [] {});
+        for (; n >= 0 && (since < interval || n < interval - 1); --n, ++since) turn(p, n, range, row, [] {});
         since = 0;
       }
       finish_last_block(p);
@@ -210,7 +230,7 @@ class Fp8Mainloop {
   __device__ __forceinline__ void move_groups(FlushedOutput<Traits>& flushed, P& p, int& n, int& since,
                                               BlockRange const& range, int row) {
     if constexpr (kGroup < FlushedOutput<Traits>::kGroups) {
-      if (since == kGroup && n >= 0) {
+      if (since == kGroup && n >= args_.fp8.flush_interval - 1) {
         float factor[2];
         flushed.prepare(softmax_.row_max, factor);
         turn(p, n, range, row,
@@ -468,6 +488,11 @@ class Fp8Mainloop {
 
   __device__ __forceinline__ void wait_block() const {
     FullBarrier::wait(&shared_.kv_full[ring_.slot], ring_.phase);
+  }
+  __device__ __forceinline__ void wait_block_after() const {
+    auto after = ring_;
+    after.advance();
+    FullBarrier::wait(&shared_.kv_full[after.slot], after.phase);
   }
   __device__ __forceinline__ void release_slot(int slot) const {
     if (cute::elect_one_sync()) EmptyBarrier::arrive(&shared_.kv_empty[slot]);
