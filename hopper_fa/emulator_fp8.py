@@ -5,6 +5,7 @@ hopper_fa/tensor_core.py. Not modelled: the order of float32 additions, and the 
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ def attention_fp8_emulated(
     out_dtype: torch.dtype = torch.bfloat16,
     *,
     accumulator: str | Accumulator = "auto",
+    variant: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over quantised tensors with the numerics of the CUDA kernel.
 
@@ -42,6 +44,7 @@ def attention_fp8_emulated(
             "fp32": float32 sums. 1e-4 away from the tensor core in Q K^T, whose sums are short, and in P V
                 where the recipe's interval is 1.
             "auto": "fp32" in Q K^T, and in P V for interval 1; "tensor_core" in P V otherwise.
+        variant: row of the tile table whose kernel is meant; None: the recipe's.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q) float32; 0 and -inf in
@@ -76,8 +79,9 @@ def attention_fp8_emulated(
         row_factor = torch.full_like(row_scale, positive_log2_scale(scale))
 
     integer = recipe.qk_dtype == "int8" and not key_vectors
-    variant = kernels.fp8_variant(recipe, head_dim)
-    chord_octets = 0 if variant is None else kernels.forward_tile(head_dim, variant)["fma_exp2_octets"]
+    variant = variant or kernels.fp8_variant(recipe, head_dim)
+    tile = None if variant is None else kernels.forward_tile(head_dim, variant)
+    chord_octets = 0 if tile is None else tile["fma_exp2_octets"]
 
     shape = q.shape[:-1]
     row_max = q.new_full(shape, float("-inf"))
@@ -119,7 +123,7 @@ def attention_fp8_emulated(
         p = p.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
         partial[rows] = _product(p, v[..., keys, :], partial[rows], pv_sums)
         if interval:
-            moved = (*rows[:-1], _moved_columns(block, interval, head_dim, v.shape[-1]))
+            moved = (*rows[:-1], _moved_columns(block, interval, head_dim, v.shape[-1], tile))
             out[moved] += partial[moved]
             partial[moved] = 0.0
     out += partial
@@ -145,17 +149,22 @@ def attention_fp8_emulated(
     return out.transpose(1, 2).to(out_dtype).contiguous(), lse.contiguous()
 
 
-def _moved_columns(block: int, interval: int, head_dim: int, columns: int) -> torch.Tensor:
+def _moved_columns(
+    block: int, interval: int, head_dim: int, columns: int, tile: dict[str, Any] | None
+) -> torch.Tensor:
     """Columns of the output that leave the tensor core's accumulator after a block of keys.
 
-    Row sums (behind head_dim) do after every block; up to head dim 128 the others together, above 64 at a
-    time, a block apart, unless fewer blocks than the interval are left. Counted from key 0, so that a row's
-    moves do not depend on the rows beside it.
+    Row sums (behind head_dim) do after every block. The others do together, or by groups, a block apart, if
+    the tile has groups, and then not when fewer blocks than the interval are left. Counted from key 0, so
+    that a row's moves do not depend on the rows beside it.
     """
     column = torch.arange(columns)
-    due = torch.full((columns,), block % interval == 0)
-    if head_dim > 128 and interval > 1:
-        due = ((block + column // 64 - 4) % interval == 0) & (block >= interval)
+    groups = 0 if tile is None else tile["flush_groups"]
+    if groups == 0:
+        due = torch.full((columns,), block % interval == 0)
+    else:
+        group = column * groups // tile["head_dim"]
+        due = ((block + group - groups) % interval == 0) & (block >= interval)
     return (due | (column >= head_dim)).nonzero().flatten()
 
 

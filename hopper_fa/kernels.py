@@ -39,7 +39,8 @@ FEWEST_FLUSHED_BLOCKS: int = _C.FEWEST_FLUSHED_BLOCKS
 # 2**r on [-1/2, 1/2] as c0 + c1 r + c2 r**2 + c3 r**3.
 EXP2_POLYNOMIAL: tuple[float, ...] = tuple(_C.exp2_polynomial())
 
-# 2**x by chords of the logarithm that a float's bits are: added to x, the second chord's factor, floor of the sum.
+# 2**x by chords of the logarithm that a float's bits are: added to x, the second chord's factor, the sum's
+# floor.
 EXP2_CHORDS: tuple[float, float, float] = _C.EXP2_CHORDS
 
 VERSIONS = {"cuda": _C.cuda_version, "cutlass": _C.cutlass_version}

@@ -54,6 +54,7 @@ py::dict tile_dict(int index) {
   d["element_bytes"] = t.element_bytes;
   d["pv_parts"] = t.pv_parts;
   d["tma_store"] = t.tma_store;
+  d["flush_groups"] = t.flush_groups;
   d["flush_floats"] = forward_flush_floats(t);
   d["shared_memory"] = forward_shared_memory(t);
   return d;

@@ -18,7 +18,6 @@ namespace hopper_fa {
 
 template <class Traits>
 class FlushedOutput {
-  static constexpr int kVectors = 8;  // of a group: 4 registers each, two columns of two rows
   // A row's maximum may leave the reference so far behind, in log2; then its sums are scaled.
   static constexpr float kRange = 64.f;
 
@@ -28,8 +27,9 @@ class FlushedOutput {
   uint32_t moved_ = 0;  // bit g: group g of columns has sums
 
  public:
-  static constexpr int kGroups = Traits::kHeadDim / 64;
+  static constexpr int kGroups = Traits::kTile.flush_groups;
   static_assert(kGroups < kFewestFlushedBlocks);
+  static constexpr int kVectors = Traits::kHeadDim / 8 / kGroups;  // of a group: 4 registers, columns of two rows
 
   __device__ __forceinline__ FlushedOutput(typename Traits::Arguments const& args,
                                            typename Traits::SharedStorage& shared, int warpgroup)

@@ -202,7 +202,7 @@ class Fp8Mainloop {
       round_probabilities<Traits>(floats_of(s), p);
     }
     int n = range.end - 2;
-    if constexpr (kTile.flush) {
+    if constexpr (kTile.flush_groups > 0) {
       FlushedOutput<Traits> flushed(args_, shared_, warpgroup_);
       // NOTE: group g moves after block b when the interval divides b + g - kGroups, counted from key 0, so
       // that a row's moves do not depend on the rows beside it; but not when fewer blocks are left. Here n +

@@ -32,7 +32,14 @@ DTYPES = {
 }
 
 # (batch, heads_q, heads_kv, seqlen_q, seqlen_k): odd tails, several key blocks, one key, no key, many tiles.
-PROBLEMS = [(1, 2, 1, 113, 239), (2, 2, 2, 200, 520), (1, 1, 1, 1, 1), (1, 2, 2, 70, 0), (1, 1, 1, 70, 1500), (10, 16, 8, 130, 90)]
+PROBLEMS = [
+    (1, 2, 1, 113, 239),
+    (2, 2, 2, 200, 520),
+    (1, 1, 1, 1, 1),
+    (1, 2, 2, 70, 0),
+    (1, 1, 1, 70, 1500),
+    (10, 16, 8, 130, 90),
+]
 
 
 def check_forward(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, problem: str) -> None:
