@@ -39,14 +39,8 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|plain_store"
     "bf16|128|tma_store"
     "e4m3|128|fp8_no_ping_pong"
-    "e4m3|64|fp8_chords_0"
-    "e4m3|64|fp8_chords_1"
-    "e4m3|64|fp8_chords_3"
-    "e4m3|128|fp8_chords_1"
-    "e4m3|256|fp8_flush_whole"
-    "int8|256|fp8_flush_whole"
-    "e4m3|256|fp8_flush_halves"
-    "int8|256|fp8_flush_halves")
+    "e4m3|256|fp8_flush_2q"
+    "int8|256|fp8_flush_2q")
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")

@@ -157,19 +157,6 @@ def _probabilities(
     return torch.where(octet < fma_exp2_octets, exp2_polynomial(x), x.exp2())
 
 
-def exp2_chords(shifted: torch.Tensor) -> torch.Tensor:
-    """2**x of float32 as the FP8 kernels make a share of P: within 0.75% (common/exp2_constants.h).
-
-    Any shape. shifted: x + kernels.EXP2_CHORDS[0]. Below 2**-120 and for NaN the result is about 2**-120.
-    """
-    _, factor, floor = kernels.EXP2_CHORDS
-    bits = shifted.fmax(shifted.new_tensor(floor)).view(torch.int32).long() << 15  # x in units of 2**-23
-    first, second = (
-        (((bits + one + 2**31) % 2**32) - 2**31).int().view(torch.float32) for one in (0x3F800000, 0x3FC00000)
-    )
-    return (second.double() * torch.tensor(factor).double() + first.double()).float()
-
-
 def exp2_polynomial(x: torch.Tensor) -> torch.Tensor:
     """2**x of float32 as on the FP32 pipe: n = round(x), 2**(x - n) by a cubic, 2**n by exponent bits.
 

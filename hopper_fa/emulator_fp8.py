@@ -5,12 +5,10 @@ hopper_fa/tensor_core.py. Not modelled: the order of float32 additions, and the 
 """
 
 import math
-from typing import Any
 
 import torch
 
-from hopper_fa import kernels
-from hopper_fa.emulator import exp2_chords, heads_by_kv, key_blocks, positive_log2_scale, rescale
+from hopper_fa.emulator import heads_by_kv, key_blocks, positive_log2_scale, rescale
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import E4M3_MAX, K_BLOCK
 from hopper_fa.reference import attention_reference
@@ -29,7 +27,6 @@ def attention_fp8_emulated(
     out_dtype: torch.dtype = torch.bfloat16,
     *,
     accumulator: str | Accumulator = "auto",
-    variant: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over quantised tensors with the numerics of the CUDA kernel.
 
@@ -44,7 +41,6 @@ def attention_fp8_emulated(
             "fp32": float32 sums. 1e-4 away from the tensor core in Q K^T, whose sums are short, and in P V
                 where the recipe's interval is 1.
             "auto": "fp32" in Q K^T, and in P V for interval 1; "tensor_core" in P V otherwise.
-        variant: row of the tile table whose kernel is meant; None: the recipe's.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim) and lse (batch, heads_q, seqlen_q) float32; 0 and -inf in
@@ -79,9 +75,6 @@ def attention_fp8_emulated(
         row_factor = torch.full_like(row_scale, positive_log2_scale(scale))
 
     integer = recipe.qk_dtype == "int8" and not key_vectors
-    variant = variant or kernels.fp8_variant(recipe, head_dim)
-    tile = None if variant is None else kernels.forward_tile(head_dim, variant)
-    chord_octets = 0 if tile is None else tile["fma_exp2_octets"]
 
     shape = q.shape[:-1]
     row_max = q.new_full(shape, float("-inf"))
@@ -113,19 +106,16 @@ def attention_fp8_emulated(
             s += MAGIC
             bias = _fused_multiply_add(c, -MAGIC, bias)
         p = _fused_multiply_add(s, c, bias).exp2_()
-        if chord_octets:
-            octet = torch.arange(s.shape[-1], device=s.device) // 8 % 8
-            by_chords = exp2_chords(_fused_multiply_add(s, c, bias + kernels.EXP2_CHORDS[0]))
-            p = torch.where(octet < chord_octets, by_chords, p)
         if hidden is not None:
             p.masked_fill_(hidden, 0.0)
         row_sum[of_rows] += p.sum(-1)
         p = p.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
         partial[rows] = _product(p, v[..., keys, :], partial[rows], pv_sums)
+        # NOTE: counted from key 0, so that a row's flushes do not depend on the rows beside it.
         if interval:
-            moved = (*rows[:-1], _moved_columns(block, interval, head_dim, v.shape[-1], tile))
-            out[moved] += partial[moved]
-            partial[moved] = 0.0
+            moved = slice(None) if block % interval == 0 else slice(head_dim, None)  # row sums in every block
+            out[(*rows[:-1], moved)] += partial[(*rows[:-1], moved)]
+            partial[(*rows[:-1], moved)] = 0.0
     out += partial
     if recipe.row_sum == "product":
         row_sum = out[..., head_dim]
@@ -147,25 +137,6 @@ def attention_fp8_emulated(
         lse = lse + scale * qkv.lse_shift
     lse = lse.masked_fill(empty, float("-inf"))
     return out.transpose(1, 2).to(out_dtype).contiguous(), lse.contiguous()
-
-
-def _moved_columns(
-    block: int, interval: int, head_dim: int, columns: int, tile: dict[str, Any] | None
-) -> torch.Tensor:
-    """Columns of the output that leave the tensor core's accumulator after a block of keys.
-
-    Row sums (behind head_dim) do after every block. The others do together, or by groups, a block apart, if
-    the tile has groups, and then not when fewer blocks than the interval are left. Counted from key 0, so
-    that a row's moves do not depend on the rows beside it.
-    """
-    column = torch.arange(columns)
-    groups = 0 if tile is None else tile["flush_groups"]
-    if groups == 0:
-        due = torch.full((columns,), block % interval == 0)
-    else:
-        group = column * groups // tile["head_dim"]
-        due = ((block + group - groups) % interval == 0) & (block >= interval)
-    return (due | (column >= head_dim)).nonzero().flatten()
 
 
 def attention_dequantized(

@@ -33,15 +33,8 @@ FORWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.forward_tiles())
 # The same of the backward's table.
 BACKWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.backward_tiles())
 
-# Shortest interval, in key blocks, at which the "fp8_flush" kernels move their sums.
-FEWEST_FLUSHED_BLOCKS: int = _C.FEWEST_FLUSHED_BLOCKS
-
 # 2**r on [-1/2, 1/2] as c0 + c1 r + c2 r**2 + c3 r**3.
 EXP2_POLYNOMIAL: tuple[float, ...] = tuple(_C.exp2_polynomial())
-
-# 2**x by chords of the logarithm that a float's bits are: added to x, the second chord's factor, the sum's
-# floor.
-EXP2_CHORDS: tuple[float, float, float] = _C.EXP2_CHORDS
 
 VERSIONS = {"cuda": _C.cuda_version, "cutlass": _C.cutlass_version}
 
@@ -283,7 +276,7 @@ def fp8_variant(recipe: Fp8Recipe, head_dim: int) -> str | None:
         return "fp8_keys" if recipe.has_key_vectors else "fp8"
     if recipe.has_key_vectors:
         return None
-    if recipe.row_sum == "product" and interval >= FEWEST_FLUSHED_BLOCKS and head_dim > 128:
+    if recipe.row_sum == "product" and interval > 1 and head_dim > 128:
         return "fp8_flush"
     if recipe.row_sum == "fp32" and interval == 0 and recipe.qk_dtype == "e4m3":
         return "fp8_raw"
@@ -299,8 +292,8 @@ def fp8_problem(recipe: Fp8Recipe, head_dim: int) -> str | None:
     if recipe.has_key_vectors:
         return 'k_granularity="token" and smooth_q only with accumulation=1 and row_sum="product"'
     return (
-        'only row_sum="product" with accumulation=1, or above head dim 128 also '
-        f'{FEWEST_FLUSHED_BLOCKS} and more, and row_sum="fp32" with accumulation=0 and qk_dtype="e4m3"'
+        'only row_sum="product" with accumulation=1, or above head dim 128 more, and row_sum="fp32" with '
+        'accumulation=0 and qk_dtype="e4m3"'
     )
 
 
@@ -349,8 +342,7 @@ def forward_fp8(
         key_bias = (biases.data_ptr(), *biases.stride()[:3])
     interval = qkv.recipe.interval(qkv.head_dim)
     flush = None
-    if variant == "fp8_flush":
-        floats = FORWARD_TILES[instance[1]]["flush_floats"]
+    if floats := FORWARD_TILES[instance[1]]["flush_floats"]:
         sms = torch.cuda.get_device_properties(index).multi_processor_count
         flush = torch.empty(sms * floats, device=qkv.q.device)
     stream = torch._C._cuda_getCurrentRawStream(index)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
 K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
-FLUSH_INTERVAL = 16  # key blocks, see Fp8Recipe.interval
+FLUSH_INTERVAL, SMOOTH_FLUSH_INTERVAL = 16, 32  # key blocks, see Fp8Recipe.interval
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 
@@ -44,8 +44,7 @@ class Fp8Recipe:
             rescales at every growth. p_offset + rescale_threshold must not exceed log2(448) = 8.807.
         accumulation: the tensor core adds with 13 fraction bits and cuts the rest off. Every `accumulation`
             key blocks of K_BLOCK, counted from key 0, its sum is moved to float32 and starts again from zero,
-            row sums as a product in every block, and above head dim 128 the columns 64 at a time, a block
-            apart; 0: never. None: as the fastest kernel, see `interval`.
+            row sums as a product in every block; 0: never. None: as the fastest kernel, see `interval`.
         row_sum: what P V is divided by. "product": the same product with a column of ones, so that the
             rounding of P and the tensor core's cut are in numerator and denominator alike. "fp32": the
             float32 sum of the unrounded P (FlashAttention-3).
@@ -96,12 +95,15 @@ class Fp8Recipe:
     def interval(self, head_dim: int) -> int:
         """Key blocks whose P V is one sum of the tensor core; 0: all.
 
-        `accumulation`, or where that is None 1, but FLUSH_INTERVAL above head dim 128, where registers have
-        no room for a second level in every block (docs/fp8.md), unless every key has a scale or an addend.
+        `accumulation`, or where that is None 1, but above head dim 128, where registers have no room for a
+        second level in every block (docs/fp8.md), FLUSH_INTERVAL, or SMOOTH_FLUSH_INTERVAL where smooth_v
+        leaves little of one sign to add; 1 there too if every key has a scale or an addend.
         """
         if self.accumulation is not None:
             return self.accumulation
-        return FLUSH_INTERVAL if head_dim > 128 and not self.has_key_vectors else 1
+        if head_dim <= 128 or self.has_key_vectors:
+            return 1
+        return SMOOTH_FLUSH_INTERVAL if self.smooth_v else FLUSH_INTERVAL
 
     @property
     def leaks_future(self) -> bool:

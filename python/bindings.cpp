@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common/block_range.h"
-#include "common/exp2_constants.h"
+#include "common/exp2_polynomial.h"
 #include "common/query_walk.h"
 #include "common/tile_scheduler.h"
 #include "common/tile_table.h"
@@ -54,7 +54,6 @@ py::dict tile_dict(int index) {
   d["element_bytes"] = t.element_bytes;
   d["pv_parts"] = t.pv_parts;
   d["tma_store"] = t.tma_store;
-  d["flush_groups"] = t.flush_groups;
   d["flush_floats"] = forward_flush_floats(t);
   d["shared_memory"] = forward_shared_memory(t);
   return d;
@@ -349,7 +348,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled face of hopper_fa; only hopper_fa/kernels.py imports it.";
   m.attr("cuda_version") = HOPPER_FA_CUDA_VERSION;
   m.attr("cutlass_version") = HOPPER_FA_CUTLASS_VERSION;
-  m.attr("FEWEST_FLUSHED_BLOCKS") = kFewestFlushedBlocks;
   m.attr("STATUS_OK") = static_cast<int>(Status::kOk);
   m.attr("DTYPES") = py::dict(
       py::arg("bf16") = static_cast<int>(DType::kBF16), py::arg("fp16") = static_cast<int>(DType::kFP16),
@@ -365,7 +363,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward_tiles", &forward_tiles);
   m.def("exp2_polynomial",
         [] { return std::vector<float>(std::begin(kExp2Polynomial), std::end(kExp2Polynomial)); });
-  m.attr("EXP2_CHORDS") = py::make_tuple(kExp2ChordShift, kExp2ChordFactor, kExp2ChordFloor);
 
   def_forward(m, &forward_params);
 

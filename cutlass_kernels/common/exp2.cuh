@@ -2,7 +2,7 @@
 // otherwise.
 #pragma once
 
-#include "common/exp2_constants.h"
+#include "common/exp2_polynomial.h"
 
 namespace hopper_fa {
 
@@ -36,14 +36,6 @@ __device__ __forceinline__ float exp2_fma(float x) {
                   c3 = kExp2Polynomial[3];
   float const p = fmaf(fmaf(fmaf(c3, r, c2), r, c1), r, c0);
   return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-}
-
-// 2^x to 0.75%, for 8-bit P: by two chords, four instructions off the special-function unit. shifted is x +
-// kExp2ChordShift. A masked score's weight is 2^-120, NaN's too, as above.
-__device__ __forceinline__ float exp2_chords(float shifted) {
-  uint32_t const bits = __float_as_uint(fmaxf(shifted, kExp2ChordFloor));
-  uint32_t const first = (bits << 15) + 0x3f800000u, second = (bits << 15) + 0x3fc00000u;
-  return fmaf(__uint_as_float(second), kExp2ChordFactor, __uint_as_float(first));
 }
 
 }  // namespace hopper_fa

@@ -25,19 +25,36 @@ __device__ __forceinline__ int fresh_row_in_tile() {
   return thread % 128 / 32 * 16 + thread % 32 / 4;
 }
 
-// 4 x 4 transpose across a quad: lane t passes word j to lane j and ends with word t of lanes 0, 1, 2, 3.
+// 4 x 4 transposes across a quad: lane t passes word j of each to lane j and ends with word t of lanes 0, 1,
+// 2, 3. NOTE: all exchanges of a step before the first result, which comes some 25 clocks later.
+template <int kCount>
+__device__ __forceinline__ void quad_transpose(uint32_t (&w)[kCount][4]) {
+  auto const step = [&](auto distance) {
+    constexpr int kDistance = distance;
+    bool const second = threadIdx.x & kDistance;
+    uint32_t received[kCount][2];
+    CUTE_UNROLL
+    for (int c = 0; c < kCount; ++c) {
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        int const j = kDistance == 2 ? i : 2 * i;
+        received[c][i] = __shfl_xor_sync(~0u, second ? w[c][j] : w[c][j + kDistance], kDistance);
+      }
+    }
+    CUTE_UNROLL
+    for (int c = 0; c < kCount; ++c) {
+      CUTE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        int const j = kDistance == 2 ? i : 2 * i;
+        (second ? w[c][j] : w[c][j + kDistance]) = received[c][i];
+      }
+    }
+  };
+  step(cute::Int<2>{});
+  step(cute::Int<1>{});
+}
 __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
-  bool const upper = threadIdx.x & 2, odd = threadIdx.x & 1;
-  CUTE_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    uint32_t const received = __shfl_xor_sync(~0u, upper ? w[i] : w[i + 2], 2);
-    (upper ? w[i] : w[i + 2]) = received;
-  }
-  CUTE_UNROLL
-  for (int i = 0; i < 4; i += 2) {
-    uint32_t const received = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
-    (odd ? w[i] : w[i + 1]) = received;
-  }
+  quad_transpose(reinterpret_cast<uint32_t (&)[1][4]>(w));
 }
 
 template <class Element>

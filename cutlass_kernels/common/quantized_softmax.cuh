@@ -15,9 +15,7 @@ constexpr float kNoMaximum = -0x1p127f;
 //
 // NOTE: maxima are of integers in both, because Hopper has a three-way integer maximum and no float one: half
 // the instructions. Floats that are not negative are ordered as their bits are.
-//
-// Of every 8 column octets kChordOctets take exp2 off the special-function unit.
-template <class Score, int kChordOctets = 0>
+template <class Score>
 struct QuantizedSoftmax {
   static constexpr bool kInteger = std::is_same_v<Score, int32_t>;
   // Added to the integer S the bits of kMagic give the bits of S + kMagic, for |S| < 2^22.
@@ -86,12 +84,10 @@ struct QuantizedSoftmax {
       row_max[r] = new_max;
       if constexpr (kSum) row_sum[r] *= alpha[r];
     }
-    float const chord_bias[2] = {bias[0] + kExp2ChordShift, bias[1] + kExp2ChordShift};
     CUTE_UNROLL
     for (int i = 0; i < decltype(cute::size(s))::value; ++i) {
       int const r = (i >> 1) & 1;
-      p(i) = i / 4 % 8 < kChordOctets ? exp2_chords(fmaf(as_float(s(i)), scale[r], chord_bias[r]))
-                                      : exp2_sfu(fmaf(as_float(s(i)), scale[r], bias[r]));
+      p(i) = exp2_sfu(fmaf(as_float(s(i)), scale[r], bias[r]));
       if constexpr (kSum) row_sum[r] += p(i);
     }
   }

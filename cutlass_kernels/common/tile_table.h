@@ -10,17 +10,17 @@ namespace hopper_fa {
 enum class PingPong { kNever, kAfterQK, kAfterPV };
 
 struct ForwardTile {
-  char const* variant;     // users run "default" and, with 8-bit inputs, fp8, fp8_raw, _flush and _keys
-  int head_dim;            // largest head dim the instance takes; smaller ones are zero-padded by the loads
-  int block_m;             // query rows a CTA tile; 64 a consumer warpgroup
-  int block_n;             // keys a step
-  int q_stages;            // tiles whose Q is in shared memory; 2: the next one loads beside this one
-  int kv_stages;           // K or V blocks in flight (one ring holds both)
-  int producer_registers;  // setmaxnreg of the loading warpgroup; 0: no warp specialisation
-  int consumer_registers;  // setmaxnreg of the computing warpgroups
-  PingPong ping_pong;      // when a warpgroup's turn on the tensor cores ends
-  bool overlap;            // QK of the next block is issued before PV of this one
-  int fma_exp2_octets;  // of every 8 column octets, how many compute exp2 on the FP32 pipe, 8-bit by chords
+  char const* variant;      // users run "default" and, with 8-bit inputs, fp8, fp8_raw, _flush and _keys
+  int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
+  int block_m;              // query rows a CTA tile; 64 a consumer warpgroup
+  int block_n;              // keys a step
+  int q_stages;             // tiles whose Q is in shared memory; 2: the next one loads beside this one
+  int kv_stages;            // K or V blocks in flight (one ring holds both)
+  int producer_registers;   // setmaxnreg of the loading warpgroup; 0: no warp specialisation
+  int consumer_registers;   // setmaxnreg of the computing warpgroups
+  PingPong ping_pong;       // when a warpgroup's turn on the tensor cores ends
+  bool overlap;             // QK of the next block is issued before PV of this one
+  int fma_exp2_octets;      // of every 8 column octets, how many compute exp2 on the FP32 pipe
   float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
   int element_bytes = 2;    // of Q, K and V
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its
@@ -30,9 +30,8 @@ struct ForwardTile {
   int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
   int qk_parts = 1;  // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
   bool key_vectors = false;  // 8-bit only: every key has a scale and a bias of its own
-  // 8-bit with overlap only: O is moved to FP32 sums in global memory every few blocks (forward/flush.cuh), in
-  // so many groups of its columns, a block apart. 0: never.
-  int flush_groups = 0;
+  // 8-bit with overlap only: O is moved to FP32 sums in global memory every few blocks (forward/flush.cuh).
+  bool flush = false;
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -43,14 +42,15 @@ constexpr ForwardTile kForwardTiles[] = {
     {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     // 8-bit inputs.
-    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 2, 0.0f, 1, 1, false, 1, 2},
+    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1},
-    // O moves to FP32 sums in global memory; last column: in so many groups.
-    {"fp8_flush", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false, 4},
+    // O moves to FP32 sums in global memory; last column: flush.
+    {"fp8_flush", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false,
+     true},
     // 8-bit inputs whose keys have a scale and a bias each.
     {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
     {"fp8_keys", 128, 128, 128, 2, 10, 40, 232, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
@@ -69,13 +69,9 @@ constexpr ForwardTile kForwardTiles[] = {
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
     {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
+    {"fp8_flush_2q", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false,
+     true},
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8_chords_0", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
-    {"fp8_chords_1", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 1, 0.0f, 1, 1, false, 1, 2},
-    {"fp8_chords_3", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 3, 0.0f, 1, 1, false, 1, 2},
-    {"fp8_chords_1", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 1, 0.0f, 1, 4, false, 2},
-    {"fp8_flush_whole", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false, 1},
-    {"fp8_flush_halves", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
@@ -98,13 +94,10 @@ constexpr int forward_v_rows(ForwardTile const& t) {
 }
 
 // Whether the row sum of P is a column of the output.
-constexpr bool forward_row_sum_column(ForwardTile const& t) { return t.pv_parts > 0 || t.flush_groups > 0; }
-
-// The shortest interval of tiles that flush: their groups of columns move one after the other, a block apart.
-constexpr int kFewestFlushedBlocks = 5;
+constexpr bool forward_row_sum_column(ForwardTile const& t) { return t.pv_parts > 0 || t.flush; }
 
 // 8 bit: floats of global memory that a CTA's warpgroups move O to.
-constexpr int forward_flush_floats(ForwardTile const& t) { return t.flush_groups ? t.block_m * t.head_dim : 0; }
+constexpr int forward_flush_floats(ForwardTile const& t) { return t.flush ? t.block_m * t.head_dim : 0; }
 
 // Bytes of a slot of the K/V ring.
 constexpr int forward_slot_bytes(ForwardTile const& t) {
@@ -126,7 +119,7 @@ constexpr int forward_scale_bytes(ForwardTile const& t) {
 }
 
 // Bytes of the maxima that moved sums are relative to, two rows a thread.
-constexpr int forward_reference_bytes(ForwardTile const& t) { return t.flush_groups ? t.block_m / 64 * 128 * 8 : 0; }
+constexpr int forward_reference_bytes(ForwardTile const& t) { return t.flush ? t.block_m / 64 * 128 * 8 : 0; }
 
 // Shared memory of a CTA in bytes: Q, the K/V ring, V's dequantisation, 1 KB to align them, barriers.
 constexpr int forward_shared_memory(ForwardTile const& t) {

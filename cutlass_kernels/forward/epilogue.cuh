@@ -83,29 +83,36 @@ __device__ __forceinline__ void store_dequantised(ForwardArguments const& args, 
   }
   int const lane = threadIdx.x % 4;
   uint32_t const columns = cast_smem_ptr_to_uint(&affine[0][0]) + 8 * lane;
-  CUTE_UNROLL
-  for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
-    float2 scale[4], mean[4];
+  float2 scale[4], mean[4];
+  auto const load = [&](int octet) {
     CUTE_UNROLL
     for (int j = 0; j < 4; ++j) {
       scale[j] = load_shared_pair(columns + 32 * (octet + j));
       mean[j] = load_shared_pair(columns + 32 * (octet + j) + 4 * Traits::kHeadDim);
     }
+  };
+  load(0);
+  CUTE_UNROLL
+  for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
+    uint32_t words[2][4];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      uint32_t words[4];
       CUTE_UNROLL
       for (int j = 0; j < 4; ++j) {
         int const i = 4 * (octet + j) + 2 * r;
-        words[j] = round_pair<Out>(fmaf(output(i) * factor[r], scale[j].x, mean[j].x),
-                                   fmaf(output(i + 1) * factor[r], scale[j].y, mean[j].y));
+        words[r][j] = round_pair<Out>(fmaf(output(i) * factor[r], scale[j].x, mean[j].x),
+                                      fmaf(output(i + 1) * factor[r], scale[j].y, mean[j].y));
       }
-      quad_transpose(words);
-      int const column = 8 * (octet + lane);
+    }
+    // NOTE: before the exchanges, whose latency hides this one's.
+    if (octet + 4 < Traits::kHeadDim / 8) load(octet + 4);
+    quad_transpose(words);
+    int const column = 8 * (octet + lane);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r)
       if (r < rows.exist && column < args.head_dim)
         *reinterpret_cast<uint4*>(rows.out + 8 * r * args.out_row_stride + column) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-    }
+            make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]);
   }
   for (int r = 0; r < rows.exist; ++r) {
     // A row that saw no key: so far V's mean.

@@ -1,12 +1,8 @@
-// The second level where registers have no room for it: every few blocks of keys a warpgroup moves its output
-// from the tensor core's accumulator to FP32 sums in global memory, which the L2 cache holds.
+// The second level where registers have no room for it: after every few blocks of keys a warpgroup moves its
+// output from the tensor core's accumulator to FP32 sums in global memory, which the L2 cache holds.
 //
 // Sums are relative to a maximum of their row that stays as it was at the first move, so what comes later is
 // added without reading: nobody waits. Every thread has its own sums.
-//
-// NOTE: 64 columns move at a time, in the turns of successive blocks, beside the product that makes the
-// turn's scores: an SM sends some 32 bytes a clock, and all columns at once took as long as a block and a
-// half.
 #pragma once
 
 #include "common/fragment.cuh"
@@ -16,75 +12,81 @@
 
 namespace hopper_fa {
 
+// Of tiles whose sums stay where they are.
+struct NeverFlushed {
+  template <class... Args>
+  __device__ __forceinline__ NeverFlushed(Args const&...) {}
+  template <class Output>
+  __device__ __forceinline__ void count_block(Output&, float const (&)[2]) const {}
+  template <class Output>
+  __device__ __forceinline__ void finish(Output&, float const (&)[2]) const {}
+};
+
 template <class Traits>
 class FlushedOutput {
+  static constexpr int kVectors = Traits::kHeadDim / 8;  // of 4 registers, two columns of two rows
   // A row's maximum may leave the reference so far behind, in log2; then its sums are scaled.
   static constexpr float kRange = 64.f;
 
   typename Traits::Arguments const& args_;
   typename Traits::SharedStorage& shared_;
   int const warpgroup_;
-  uint32_t moved_ = 0;  // bit g: group g of columns has sums
+  int blocks_left_;  // until the next move, which comes after a block whose index the interval divides
+  bool empty_ = true;
 
  public:
-  static constexpr int kGroups = Traits::kTile.flush_groups;
-  static_assert(kGroups < kFewestFlushedBlocks);
-  static constexpr int kVectors = Traits::kHeadDim / 8 / kGroups;  // of a group: 4 registers, columns of two rows
-
+  // blocks: how many the output will be the sum of.
   __device__ __forceinline__ FlushedOutput(typename Traits::Arguments const& args,
-                                           typename Traits::SharedStorage& shared, int warpgroup)
-      : args_(args), shared_(shared), warpgroup_(warpgroup) {}
+                                           typename Traits::SharedStorage& shared, int warpgroup, int blocks)
+      : args_(args),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        blocks_left_((blocks - 1) % args.fp8.flush_interval + 1) {}
 
-  // The factors that take an output relative to row_max to what the sums are relative to.
-  __device__ __forceinline__ void prepare(float const (&row_max)[2], float (&factor)[2]) const {
-    if (!moved_) {
+  // The output, which is relative to row_max, has taken up one more block: moves it if that was the last.
+  template <class Output>
+  __device__ __forceinline__ void count_block(Output& output, float const (&row_max)[2]) {
+    if (--blocks_left_ > 0) return;
+    blocks_left_ = args_.fp8.flush_interval;
+    float* const sums = this->sums();
+    if (empty_) {
       set_reference(row_max);
-      factor[0] = factor[1] = 1.f;
-      return;
-    }
-    float2 const reference = this->reference();
-    factor[0] = row_max[0] == kNoMaximum ? 0.f : exp2_sfu(row_max[0] - reference.x);
-    factor[1] = row_max[1] == kNoMaximum ? 0.f : exp2_sfu(row_max[1] - reference.y);
-    if (__any_sync(~0u, is_far(row_max[0], reference.x) || is_far(row_max[1], reference.y))) {
-      rescale(row_max);
-      factor[0] = factor[1] = 1.f;
-    }
-  }
-
-  // Moves a group of the output's columns, with prepare()'s factors.
-  template <int kGroup, class Output>
-  __device__ __forceinline__ void move(Output& output, float const (&factor)[2]) {
-    constexpr int kFirst = kVectors * kGroup;
-    float* const sums = this->sums() + 512 * kFirst;
-    float4 values[kVectors];
-    CUTE_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      int const j = 4 * (kFirst + i);
-      values[i] = {output(j) * factor[0], output(j + 1) * factor[0], output(j + 2) * factor[1],
-                   output(j + 3) * factor[1]};
-      output(j) = output(j + 1) = output(j + 2) = output(j + 3) = 0;
-    }
-    if (moved_ & 1u << kGroup) {
       CUTE_UNROLL
-      for (int i = 0; i < kVectors; ++i) add(sums + 512 * i, values[i]);
+      for (int i = 0; i < kVectors; ++i)
+        asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + 512 * i),
+                     "f"(output(4 * i)), "f"(output(4 * i + 1)), "f"(output(4 * i + 2)),
+                     "f"(output(4 * i + 3))
+                     : "memory");
+      empty_ = false;
     } else {
+      float2 const reference = this->reference();
+      float factor[2];
+      factor[0] = row_max[0] == kNoMaximum ? 0.f : exp2_sfu(row_max[0] - reference.x);
+      factor[1] = row_max[1] == kNoMaximum ? 0.f : exp2_sfu(row_max[1] - reference.y);
+      if (__any_sync(~0u, is_far(row_max[0], reference.x) || is_far(row_max[1], reference.y))) {
+        rescale(row_max);
+        factor[0] = factor[1] = 1.f;
+      }
       CUTE_UNROLL
-      for (int i = 0; i < kVectors; ++i) store(sums + 512 * i, values[i]);
+      for (int i = 0; i < kVectors; ++i)
+        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums + 512 * i),
+                     "f"(output(4 * i) * factor[0]), "f"(output(4 * i + 1) * factor[0]),
+                     "f"(output(4 * i + 2) * factor[1]), "f"(output(4 * i + 3) * factor[1])
+                     : "memory");
     }
-    moved_ |= 1u << kGroup;
+    clear(output);
   }
 
   // Adds the sums to the output, which is relative to row_max.
   template <class Output>
   __device__ __forceinline__ void finish(Output& output, float const (&row_max)[2]) const {
-    if (!moved_) return;
+    if (empty_) return;
     float factor[2];
     factors_to(row_max, factor);
     float* const sums = this->sums();
     CUTE_UNROLL
-    for (int i = 0; i < kGroups * kVectors; ++i) {
-      if (i == kGroups * kVectors / 2) __threadfence_block();  // NOTE: else all loads come first, and spill
-      if (!(moved_ & 1u << i / kVectors)) continue;
+    for (int i = 0; i < kVectors; ++i) {
+      if (i == kVectors / 2) __threadfence_block();  // NOTE: else all loads come first, and spill
       float4 const sum = load(sums + 512 * i);
       output(4 * i) = fmaf(sum.x, factor[0], output(4 * i));
       output(4 * i + 1) = fmaf(sum.y, factor[0], output(4 * i + 1));
@@ -119,8 +121,7 @@ class FlushedOutput {
     set_reference(row_max);
     float* sums = this->sums();
 #pragma unroll 1
-    for (int i = 0; i < kGroups * kVectors; ++i, sums += 512) {
-      if (!(moved_ & 1u << i / kVectors)) continue;
+    for (int i = 0; i < kVectors; ++i, sums += 512) {
       float4 const sum = load(sums);
       store(sums, make_float4(sum.x * factor[0], sum.y * factor[0], sum.z * factor[1], sum.w * factor[1]));
     }
@@ -143,11 +144,6 @@ class FlushedOutput {
                  : "l"(address)
                  : "memory");
     return sum;
-  }
-  static __device__ __forceinline__ void add(float* address, float4 const& sum) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(sum.x),
-                 "f"(sum.y), "f"(sum.z), "f"(sum.w)
-                 : "memory");
   }
   static __device__ __forceinline__ void store(float* address, float4 const& sum) {
     asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(sum.x),

@@ -82,8 +82,7 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   if constexpr (Traits::kFp8) {
     // NOTE: measured: at up to 8 blocks of keys, most of them masked or at a tile's end, turns cost 5 to 8%.
     args.turn_takers = p.causal && p.seqlen_k <= 8 * Traits::kBlockN ? 1 : args.warpgroups;
-    if (Traits::kTile.flush_groups && (p.fp8.flush_interval < kFewestFlushedBlocks || !p.fp8.flush))
-      return Status::kInvalidArgument;
+    if (Traits::kTile.flush && (p.fp8.flush_interval < 1 || !p.fp8.flush)) return Status::kInvalidArgument;
     int& shift = args.q_group_shift = 0;
     if (p.fp8.q_group_rows >= p.seqlen_q)
       shift = 31;

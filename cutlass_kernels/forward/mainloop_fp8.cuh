@@ -41,7 +41,7 @@ class Fp8Mainloop {
   static constexpr int kInFlight = kTile.pv_in_flight;
   static constexpr bool kKeyVectors = kTile.key_vectors;
   using Score = typename Traits::Score;
-  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>, kTile.fma_exp2_octets>;
+  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
   using Sums = decltype(make_tensor<float>(Int<Traits::kOutputColumns / 2>{}));
   using P = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));  // 64 x kBlockN
@@ -122,28 +122,17 @@ class Fp8Mainloop {
 
  private:
   __device__ __forceinline__ void run_in_order(BlockRange const& range, int row) {
-    // NOTE: what a block's turn needs is at hand before the turn, if there are registers to have it in. So is
-    // the number of the barrier: four immediate ones are an indirect branch.
-    constexpr bool kEarlyScales = false;
+    // NOTE: four immediate numbers are an indirect branch, which costs less than a register only where P V
+    // has parts.
     auto const take_turn = [&] { kParts == 1 ? baton_.take() : baton_.take_immediate(); };
-    float block_scale;
-    auto const read_scales = [&](int n) {
-      block_scale = kKeyVectors ? args_.scale_log2 : k_scale(n);
-      read_q_scales();
-    };
-    if constexpr (kEarlyScales) {
-      read_scales(range.end - 1);
-      wait_block();
-    }
     take_turn();
 #pragma unroll 1
     for (int n = range.end - 1; n >= 0; --n) {
+      float const block_scale = kKeyVectors ? args_.scale_log2 : k_scale(n);
+      read_q_scales();
       Scores s;
       int best[2];
-      if constexpr (!kEarlyScales) {
-        read_scales(n);
-        wait_block();
-      }
+      wait_block();
       // NOTE: else int8 keeps its counters in vector registers, and 100 bytes spill; at d128 it costs
       // registers.
       if constexpr (Traits::kHeadDim == 256) __syncwarp();
@@ -166,10 +155,6 @@ class Fp8Mainloop {
       // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
       // of the softmax moves below the baton, under which it would hold everybody up.
       warpgroup_fence_operand(p);
-      if (kEarlyScales && n > 0) {
-        read_scales(n - 1);
-        wait_block_after();
-      }
       wait_block();
       take_turn();
       if constexpr (kTemporary) {
@@ -187,6 +172,8 @@ class Fp8Mainloop {
 
   // passed_by: other rows of the tile see blocks that these do not.
   __device__ __forceinline__ void run_overlapped(BlockRange const& range, int row, bool passed_by) {
+    std::conditional_t<kTile.flush, FlushedOutput<Traits>, NeverFlushed> flushed(args_, shared_, warpgroup_,
+                                                                                 range.end);
     P p;
     {
       Scores s;
@@ -201,76 +188,31 @@ class Fp8Mainloop {
       if (passed_by) skip_block();
       round_probabilities<Traits>(floats_of(s), p);
     }
-    int n = range.end - 2;
-    if constexpr (kTile.flush_groups > 0) {
-      FlushedOutput<Traits> flushed(args_, shared_, warpgroup_);
-      // NOTE: group g moves after block b when the interval divides b + g - kGroups, counted from key 0, so
-      // that a row's moves do not depend on the rows beside it; but not when fewer blocks are left. Here n +
-      // 2 is that block.
-      constexpr int kGroups = FlushedOutput<Traits>::kGroups;
-      int const interval = args_.fp8.flush_interval;
-      int since = (interval - (n + 2 - kGroups) % interval) % interval;  // blocks since group 0 was due
-      while (n >= 0) {
-        move_groups<0>(flushed, p, n, since, range, row);
 #pragma unroll 1
-        for (; n >= 0 && (since < interval || n < interval - 1); --n, ++since) turn(p, n, range, row, [] {});
-        since = 0;
-      }
-      finish_last_block(p);
-      flushed.finish(output_, softmax_.row_max);
-    } else {
-#pragma unroll 1
-      for (; n >= 0; --n) turn(p, n, range, row, [] {});
-      finish_last_block(p);
+    for (int n = range.end - 2; n >= 0; --n) {
+      Scores s;
+      float alpha[2];
+      float const block_scale = k_scale(n);
+      read_q_scales();
+      wait_block();
+      __syncwarp();
+      issue_half<0>(s);
+      int const k_slot = ring_.slot;
+      ring_.advance();
+      wait_block();
+      RowSums sums;
+      issue_product_into_output(p);
+      issue_row_sums(p, sums);
+      follow_scores<kRowSumColumn ? 2 : 1>(s, k_slot, n, range, row, block_scale, alpha);
+      // NOTE: P takes the place of the one in use only after the product.
+      warpgroup_fence_operand(s);
+      finish_products(sums, alpha);
+      release_slot(ring_.slot);
+      ring_.advance();
+      rescale_output(alpha);
+      round_probabilities<Traits>(floats_of(s), p);
+      flushed.count_block(output_, softmax_.row_max);
     }
-  }
-
-  // The turns in which the groups from kGroup on move.
-  template <int kGroup>
-  __device__ __forceinline__ void move_groups(FlushedOutput<Traits>& flushed, P& p, int& n, int& since,
-                                              BlockRange const& range, int row) {
-    if constexpr (kGroup < FlushedOutput<Traits>::kGroups) {
-      if (since == kGroup && n >= args_.fp8.flush_interval - 1) {
-        float factor[2];
-        flushed.prepare(softmax_.row_max, factor);
-        turn(p, n, range, row,
-             [&]() __attribute__((always_inline)) { flushed.template move<kGroup>(output_, factor); });
-        --n, ++since;
-      }
-      move_groups<kGroup + 1>(flushed, p, n, since, range, row);
-    }
-  }
-
-  // S of block n, P V of the one before, and the softmax of S. beside(), which may touch O and not branch,
-  // comes while S is multiplied.
-  template <class Beside>
-  __device__ __forceinline__ void turn(P& p, int n, BlockRange const& range, int row, Beside beside) {
-    Scores s;
-    float alpha[2];
-    float const block_scale = k_scale(n);
-    read_q_scales();
-    wait_block();
-    __syncwarp();
-    issue_half<0>(s);
-    int const k_slot = ring_.slot;
-    ring_.advance();
-    beside();
-    wait_block();
-    RowSums sums;
-    issue_product_into_output(p);
-    issue_row_sums(p, sums);
-    follow_scores<kRowSumColumn ? 2 : 1>(s, k_slot, n, range, row, block_scale, alpha);
-    // NOTE: P takes the place of the one in use only after the product.
-    warpgroup_fence_operand(s);
-    finish_products(sums, alpha);
-    release_slot(ring_.slot);
-    ring_.advance();
-    rescale_output(alpha);
-    round_probabilities<Traits>(floats_of(s), p);
-  }
-
-  // P V of the tile's last block.
-  __device__ __forceinline__ void finish_last_block(P const& p) {
     RowSums sums;
     wait_block();
     issue_product_into_output(p);
@@ -279,6 +221,7 @@ class Fp8Mainloop {
     finish_products(sums, kSame);
     release_slot(ring_.slot);
     ring_.advance();
+    flushed.finish(output_, softmax_.row_max);
   }
 
   // Waits for S of block n with kPending later products in flight: P in its place, as floats.
@@ -488,11 +431,6 @@ class Fp8Mainloop {
 
   __device__ __forceinline__ void wait_block() const {
     FullBarrier::wait(&shared_.kv_full[ring_.slot], ring_.phase);
-  }
-  __device__ __forceinline__ void wait_block_after() const {
-    auto after = ring_;
-    after.advance();
-    FullBarrier::wait(&shared_.kv_full[after.slot], after.phase);
   }
   __device__ __forceinline__ void release_slot(int slot) const {
     if (cute::elect_one_sync()) EmptyBarrier::arrive(&shared_.kv_empty[slot]);

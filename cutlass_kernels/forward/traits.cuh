@@ -73,7 +73,7 @@ struct ForwardTraits {
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
   static_assert(!kTile.key_vectors || kTile.pv_parts > 0);
   static_assert(!kFp8 || !kTile.overlap || (kTile.pv_parts == 0 && kTile.qk_parts == 1));
-  static_assert(!kTile.flush_groups || (kFp8 && kTile.overlap));
+  static_assert(!kTile.flush || (kFp8 && kTile.overlap));
   // What setmaxnreg hands out is what the CTA was launched with: 65536 registers, in eights a thread.
   static_assert(128 * (kWarpgroups * kTile.consumer_registers + kTile.producer_registers) <=
                 kThreads * (65536 / kThreads / 8 * 8));
@@ -149,7 +149,7 @@ struct ForwardTraits {
     // 8 bit: scales of the tile's rows, and where K's of its head start.
     float q_scales[kFp8 ? kQStages : 0][kWarpgroups][64];
     int k_scales[kFp8 ? kQStages : 0][kWarpgroups];
-    float2 flush_reference[kTile.flush_groups ? kWarpgroups : 0][128];
+    float2 flush_reference[kTile.flush ? kWarpgroups : 0][128];
   };
   // 1023: the most that aligning the base can cost.
   static_assert(offsetof(SharedStorage, flush_reference) + sizeof(SharedStorage::flush_reference) + 1023 <=

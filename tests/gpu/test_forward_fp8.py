@@ -83,7 +83,7 @@ def assert_agrees(
     out, lse = run_poisoned(qkv, softmax_scale, causal, torch.float16, variant)
     # The tensor core's own sums: small differences flip roundings of P.
     emulated, emulated_lse = attention_fp8_emulated(
-        qkv, softmax_scale, causal, torch.float16, accumulator="tensor_core", variant=variant
+        qkv, softmax_scale, causal, torch.float16, accumulator="tensor_core"
     )
     assert out.isfinite().all()
     # LSE has the sum of the rounded P, so one flip of a large p moves it.
@@ -161,7 +161,7 @@ FLUSH_CASES = [(2, 24, 4, 700, 1700, None), (1, 4, 2, 1200, 600, None), (1, 4, 1
 
 @both_masks
 @pytest.mark.parametrize("sizes", FLUSH_CASES, ids=str)
-@pytest.mark.parametrize("interval", [kernels.FEWEST_FLUSHED_BLOCKS, 6, 8, 16, 40])
+@pytest.mark.parametrize("interval", [2, 3, 8, 16, 40])
 @pytest.mark.parametrize("recipe", ["default", "e4m3", "per_head"])
 def test_flushes(recipe: str, interval: int, sizes: tuple, causal: bool, seed: int) -> None:
     """Above head dim 128: sums that move to global memory every few blocks, while maxima grow."""

@@ -29,8 +29,8 @@ struct Fp8Params {
   float const* v_mean;     // the same: added to the output
   float const* lse_shift;  // (batch, heads_q, seqlen_q), or null: what smoothing K took out of every score
   float p_offset;          // P = exp2(score - maximum + p_offset)
-  // Tiles that flush: blocks of keys whose P V is one sum of the tensor core (forward/flush.cuh), at least
-  // kFewestFlushedBlocks, and scratch, forward_flush_floats for every multiprocessor, 16-byte aligned.
+  // Tiles that flush: blocks of keys whose P V is one sum of the tensor core (forward/flush.cuh), and
+  // scratch, forward_flush_floats for every multiprocessor, 16-byte aligned.
   int flush_interval;
   float* flush;
 };
