@@ -49,7 +49,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {"fp8_raw", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1},
     // O moves to FP32 sums in global memory; last column: flush.
-    {"fp8_flush", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false,
+    {"fp8_flush", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false,
      true},
     // 8-bit inputs whose keys have a scale and a bias each.
     {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
@@ -69,8 +69,6 @@ constexpr ForwardTile kForwardTiles[] = {
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
     {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
-    {"fp8_flush_2q", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false,
-     true},
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
