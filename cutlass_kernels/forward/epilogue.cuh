@@ -91,28 +91,34 @@ __device__ __forceinline__ void store_dequantised(ForwardArguments const& args, 
       mean[j] = load_shared_pair(columns + 32 * (octet + j) + 4 * Traits::kHeadDim);
     }
   };
-  load(0);
+  // NOTE: the next columns' scales before the exchanges, whose latency hides theirs, and both rows' exchanges
+  // at once, where registers allow it: else this was a quarter of a tile's time at 512 keys.
+  constexpr int kRows = Traits::kHeadDim == 256 && Traits::kTile.pv_parts > 0 ? 1 : 2;
+  if constexpr (kRows == 2) load(0);
   CUTE_UNROLL
   for (int octet = 0; octet < Traits::kHeadDim / 8; octet += 4) {
-    uint32_t words[2][4];
+    if constexpr (kRows == 1) load(octet);
     CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
+    for (int first = 0; first < 2; first += kRows) {
+      uint32_t words[kRows][4];
       CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        int const i = 4 * (octet + j) + 2 * r;
-        words[r][j] = round_pair<Out>(fmaf(output(i) * factor[r], scale[j].x, mean[j].x),
-                                      fmaf(output(i + 1) * factor[r], scale[j].y, mean[j].y));
+      for (int r = 0; r < kRows; ++r) {
+        CUTE_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          int const i = 4 * (octet + j) + 2 * (first + r);
+          words[r][j] = round_pair<Out>(fmaf(output(i) * factor[first + r], scale[j].x, mean[j].x),
+                                        fmaf(output(i + 1) * factor[first + r], scale[j].y, mean[j].y));
+        }
       }
+      if (kRows == 2 && octet + 4 < Traits::kHeadDim / 8) load(octet + 4);
+      quad_transpose(words);
+      int const column = 8 * (octet + lane);
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r)
+        if (first + r < rows.exist && column < args.head_dim)
+          *reinterpret_cast<uint4*>(rows.out + 8 * (first + r) * args.out_row_stride + column) =
+              make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]);
     }
-    // NOTE: before the exchanges, whose latency hides this one's.
-    if (octet + 4 < Traits::kHeadDim / 8) load(octet + 4);
-    quad_transpose(words);
-    int const column = 8 * (octet + lane);
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r)
-      if (r < rows.exist && column < args.head_dim)
-        *reinterpret_cast<uint4*>(rows.out + 8 * r * args.out_row_stride + column) =
-            make_uint4(words[r][0], words[r][1], words[r][2], words[r][3]);
   }
   for (int r = 0; r < rows.exist; ++r) {
     // A row that saw no key: so far V's mean.
