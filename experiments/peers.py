@@ -245,7 +245,8 @@ def prepare_checked(
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """Prepare the peers for one shape and compare their outputs, so that no wrong layout or mask is timed.
 
-    The output compared with is FlashAttention-2's, or the first peer's if that one is absent.
+    The output compared with is FlashAttention-2's, or without it that of the first peer with the tightest
+    tolerance.
 
     Returns:
         ({name: call} of the peers that agree, {name: one line why} of those that fail or disagree).
@@ -253,7 +254,8 @@ def prepare_checked(
     calls: dict[str, Call] = {}
     failed: dict[str, str] = {}
     reference = None
-    order = sorted(peers, key=lambda peer: peer.name != "fa2")  # stable: the rest keep their order
+    # Stable: the rest keep their order.
+    order = sorted(peers, key=lambda peer: (peer.name != "fa2", peer.tolerance))
     for peer in order:
         try:
             call = peer.prepare(shape, q, k, v)
