@@ -139,8 +139,8 @@ ORDERED_BY_BARRIERS = [
     {"SM90_BULK_COPY_G2S::copy", "probabilities"},
     {"SM90_BULK_COPY_G2S::copy", "KeysMainloop::half_step"},
     # The scales of a tile's rows and the place of K's, between Q's empty and full barriers, as Q itself.
-    {"Loader::copy_scales", "Fp8Mainloop::read_q_scales"},
-    {"Loader::copy_scales", "Fp8Mainloop::run"},
+    {"Loader::store_scales", "Fp8Mainloop::read_q_scales"},
+    {"Loader::store_scales", "Fp8Mainloop::run"},
     # V's scales and means. Their slot is filled again after Q of the next tile was released, which every warp
     # does after it has read them.
     {"SM90_BULK_COPY_G2S::copy", "load_shared_pair"},

@@ -1,6 +1,7 @@
 """The FP8 tensor core's sums in torch: exact products, an accumulator of few bits that cuts toward zero."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,30 +41,32 @@ class Accumulator:
             a: (..., m, k) float32 holding e4m3 values; b: (..., k, n), the same, broadcast against a.
             start: (..., m, n) float32, the shape of the result.
         """
-        result = torch.empty_like(start)
+        m, k, n = *a.shape[-2:], b.shape[-1]
         batch = start.shape[:-2]
-        m, k = a.shape[-2:]
-        n = b.shape[-1]
-        a, b = a.expand(*batch, m, k), b.expand(*batch, k, n)
+        count = math.prod(batch)
+        a = a.expand(*batch, m, k).reshape(count, m, k)
+        b = b.expand(*batch, k, n).reshape(count, k, n)
         a_power, b_power = _power_of_two(a), _power_of_two(b)
+        sums = start.reshape(count, m, n)
+        result = torch.empty_like(sums)
         limit = _ELEMENTS_AT_ONCE if a.device.type == "cpu" else _ELEMENTS_AT_ONCE_GPU
         rows = max(1, limit // (self.group * max(1, n)))
-        for index in itertools.product(*map(range, batch)):
-            for row in range(0, m, rows):
-                block = slice(row, row + rows)
-                acc = start[index][block]
-                for j in range(0, k, self.group):
-                    steps = slice(j, j + self.group)
-                    products = a[index][block, steps, None] * b[index][steps]  # (rows, group, n)
-                    powers = a_power[index][block, steps, None] * b_power[index][steps]
-                    acc = self._add(products, powers.amax(1), acc)
-                result[index][block] = acc
-        return result
+        matrices = max(1, rows // max(1, m))
+        for first, row in itertools.product(range(0, count, matrices), range(0, m, rows)):
+            part, block = slice(first, first + matrices), slice(row, row + rows)
+            acc = sums[part, block]
+            for j in range(0, k, self.group):
+                steps = slice(j, j + self.group)
+                products = a[part, block, steps, None] * b[part, None, steps]  # (matrices, rows, group, n)
+                powers = a_power[part, block, steps, None] * b_power[part, None, steps]
+                acc = self._add(products, powers.amax(-2), acc)
+            result[part, block] = acc
+        return result.reshape(start.shape)
 
     def _add(self, products: torch.Tensor, largest: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
-        """One step: products (rows, group, n) into acc (rows, n). The products are overwritten.
+        """One step: products (..., group, n) into acc (..., n). The products are overwritten.
 
-        largest: (rows, n), the largest power of two that a product's exponent stands for.
+        largest: (..., n), the largest power of two that a product's exponent stands for.
         """
         if self.joins_alignment:
             largest = torch.maximum(largest, acc.abs())
@@ -71,7 +74,7 @@ class Accumulator:
         exponent = (torch.frexp(largest).exponent - 1).clamp_(-100, 100)
         unit = torch.ldexp(torch.ones_like(largest), exponent - self.fraction_bits)
         per_unit = 1 / unit
-        total = products.mul_(per_unit[:, None]).trunc_().sum(1)  # below 2**24, so exact
+        total = products.mul_(per_unit[..., None, :]).trunc_().sum(-2)  # below 2**24, so exact
         if self.joins_alignment:
             return self._cut(total + (acc * per_unit).trunc_()) * unit
         return self._cut((total * unit).double() + acc)

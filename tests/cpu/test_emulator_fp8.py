@@ -1,5 +1,6 @@
 """The FP8 emulator: its accumulator against exact fractions, its results against float64, known traps."""
 
+import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -84,6 +85,16 @@ def test_accumulator_is_that_of_exact_fractions(joins: bool, seed: int) -> None:
         for j in range(n):
             want = sum_by_fractions(a[i].tolist(), b[:, j].tolist(), start[i, j].item(), joins)
             assert Fraction(got[i, j].item()) == want
+
+
+@pytest.mark.parametrize("rows", [0, 1, 37, 600])
+def test_accumulator_takes_matrices_one_by_one_or_together(rows: int, seed: int) -> None:
+    a = torch.randn(3, 2, rows, 70).to(torch.float8_e4m3fn).float()
+    b = torch.randn(3, 1, 70, 40).to(torch.float8_e4m3fn).float()  # broadcast
+    start = HOPPER._cut(torch.randn(3, 2, rows, 40))
+    got = HOPPER.matmul_add(a, b, start)
+    for i, j in itertools.product(range(3), range(2)):
+        assert torch.equal(got[i, j], HOPPER.matmul_add(a[i, j], b[i, 0], start[i, j]))
 
 
 def test_accumulator_by_hand() -> None:
