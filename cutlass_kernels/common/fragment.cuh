@@ -25,29 +25,27 @@ __device__ __forceinline__ int fresh_row_in_tile() {
   return thread % 128 / 32 * 16 + thread % 32 / 4;
 }
 
-// 4 x 4 transposes across a quad: lane t passes word j of each to lane j and ends with word t of lanes 0, 1,
-// 2, 3. NOTE: all exchanges of a step before the first result, which comes some 25 clocks later.
+// 4 x 4 transposes across a quad: lane t passes word j of each to lane j and ends with word t of lanes 0
+// to 3.
+//
+// NOTE: all exchanges of a step before the first result, which comes some 25 clocks later.
 template <int kCount>
 __device__ __forceinline__ void quad_transpose(uint32_t (&w)[kCount][4]) {
   auto const step = [&](auto distance) {
-    constexpr int kDistance = distance;
+    constexpr int kDistance = distance, kStep = 3 - kDistance;  // pairs of words begin at 0 and kStep
     bool const second = threadIdx.x & kDistance;
     uint32_t received[kCount][2];
     CUTE_UNROLL
     for (int c = 0; c < kCount; ++c) {
       CUTE_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        int const j = kDistance == 2 ? i : 2 * i;
-        received[c][i] = __shfl_xor_sync(~0u, second ? w[c][j] : w[c][j + kDistance], kDistance);
-      }
+      for (int i = 0; i < 2; ++i)
+        received[c][i] =
+            __shfl_xor_sync(~0u, second ? w[c][kStep * i] : w[c][kStep * i + kDistance], kDistance);
     }
     CUTE_UNROLL
     for (int c = 0; c < kCount; ++c) {
       CUTE_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        int const j = kDistance == 2 ? i : 2 * i;
-        (second ? w[c][j] : w[c][j + kDistance]) = received[c][i];
-      }
+      for (int i = 0; i < 2; ++i) (second ? w[c][kStep * i] : w[c][kStep * i + kDistance]) = received[c][i];
     }
   };
   step(cute::Int<2>{});

@@ -91,8 +91,8 @@ __device__ __forceinline__ void store_dequantised(ForwardArguments const& args, 
       mean[j] = load_shared_pair(columns + 32 * (octet + j) + 4 * Traits::kHeadDim);
     }
   };
-  // NOTE: the next columns' scales before the exchanges, whose latency hides theirs, and both rows' exchanges
-  // at once, where registers allow it: else this was a quarter of a tile's time at 512 keys.
+  // NOTE: where registers allow it, the next columns' scales before the exchanges, whose latency hides
+  // theirs, and both rows' exchanges at once: at d256 and 512 keys a quarter of a tile's time is spent here.
   constexpr int kRows = Traits::kHeadDim == 256 && Traits::kTile.pv_parts > 0 ? 1 : 2;
   if constexpr (kRows == 2) load(0);
   CUTE_UNROLL
