@@ -13,6 +13,7 @@ struct Tile {
 struct TileScheduler {
   int m_blocks;            // ceil(seqlen_q / rows of a tile)
   int heads_q, num_tiles;  // num_tiles = batch * heads_q * m_blocks
+  int num_heads;           // batch * heads_q
   int section_heads;       // (batch, head) pairs whose K and V share the L2 cache at a time
   bool longest_first;      // causal: last query rows first, section by section
 
@@ -23,8 +24,7 @@ struct TileScheduler {
     if (longest_first) {
       int const section = index / (section_heads * m_blocks);
       int const in_section = index - section * (section_heads * m_blocks);
-      int const heads =
-          min_int(section_heads, num_tiles / m_blocks - section * section_heads);  // last one: fewer
+      int const heads = min_int(section_heads, num_heads - section * section_heads);  // last one: fewer
       tile.m_block = m_blocks - 1 - in_section / heads;
       head_batch = section * section_heads + in_section % heads;
     } else {
@@ -48,7 +48,8 @@ inline TileScheduler make_tile_scheduler(int batch, int heads_q, int q_heads_per
   TileScheduler s;
   s.m_blocks = ceil_div(seqlen_q, tile_rows);
   s.heads_q = heads_q;
-  s.num_tiles = batch * heads_q * s.m_blocks;
+  s.num_heads = batch * heads_q;
+  s.num_tiles = s.num_heads * s.m_blocks;
   long long const kv_heads = kv_bytes > 0 ? kL2Budget / kv_bytes : batch * heads_q;
   long long const fitting = kv_heads * q_heads_per_kv;
   long long const q_heads = fitting > min_section_heads ? fitting : min_section_heads;

@@ -49,7 +49,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {"fp8_raw", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1},
     // O moves to FP32 sums in global memory; last column: flush.
-    {"fp8_flush", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, false, 1, 1, false,
+    {"fp8_flush", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, true, 1, 1, false,
      true},
     // 8-bit inputs whose keys have a scale and a bias each.
     {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
@@ -119,10 +119,14 @@ constexpr int forward_scale_bytes(ForwardTile const& t) {
 // Bytes of the maxima that moved sums are relative to, two rows a thread.
 constexpr int forward_reference_bytes(ForwardTile const& t) { return t.flush ? t.block_m / 64 * 128 * 8 : 0; }
 
+// Bytes of the warpgroups' parts of two tiles.
+constexpr int forward_queue_bytes(ForwardTile const& t) { return t.block_m / 64 * 64; }
+
 // Shared memory of a CTA in bytes: Q, the K/V ring, V's dequantisation, 1 KB to align them, barriers.
 constexpr int forward_shared_memory(ForwardTile const& t) {
   return t.q_stages * t.block_m * t.head_dim * t.element_bytes + t.kv_stages * forward_slot_bytes(t) +
-         forward_affine_bytes(t) + forward_scale_bytes(t) + forward_reference_bytes(t) + 1024 + 512;
+         forward_affine_bytes(t) + forward_scale_bytes(t) + forward_reference_bytes(t) +
+         forward_queue_bytes(t) + 1024 + 512;
 }
 
 struct BackwardTile {

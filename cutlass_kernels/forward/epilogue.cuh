@@ -12,9 +12,9 @@ struct OutputRows {
   float* lse;
   int exist;  // 0, 1 or 2 of them are inside the sequence
 
-  __device__ __forceinline__ OutputRows(ForwardArguments const& args, Tile const& tile, int first_row,
+  __device__ __forceinline__ OutputRows(ForwardArguments const& args, WarpgroupTile const& tile,
                                         int in_tile = row_in_tile()) {
-    int const row = first_row + in_tile;
+    int const row = tile.row + in_tile;
     out = static_cast<uint16_t*>(args.out) + tile.batch * args.out_batch_stride +
           tile.head * args.out_head_stride + row * args.out_row_stride;
     lse = args.lse + static_cast<int64_t>(tile.batch * args.scheduler.heads_q + tile.head) * args.seqlen_q +
@@ -38,12 +38,12 @@ __device__ __forceinline__ void store_octets(ForwardArguments const& args, Outpu
         make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Rows [first_row, first_row + 64) of one head: out = output * factor in 16 bits, and their LSE.
+// A warpgroup's 64 rows of one head: out = output * factor in 16 bits, and their LSE.
 template <class Traits, class Output>
-__device__ __forceinline__ void store_output(ForwardArguments const& args, Tile const& tile, int first_row,
+__device__ __forceinline__ void store_output(ForwardArguments const& args, WarpgroupTile const& tile,
                                              Output const& output, float const (&factor)[2],
                                              float const (&lse)[2]) {
-  OutputRows const rows(args, tile, first_row);
+  OutputRows const rows(args, tile);
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r) {
     CUTE_UNROLL
@@ -58,6 +58,20 @@ __device__ __forceinline__ void store_output(ForwardArguments const& args, Tile 
   }
 }
 
+// 8 bit: what smoothing K took out of every score of a thread's two rows, before softmax_scale.
+struct LseShift {
+  float of_row[2] = {0, 0};
+
+  // NOTE: to be loaded early and used last.
+  __device__ __forceinline__ LseShift(ForwardArguments const& args, OutputRows const& rows) {
+    if (!args.fp8.lse_shift) return;
+    float const* const first = args.fp8.lse_shift + (rows.lse - args.lse);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r)
+      if (r < rows.exist) asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(of_row[r]) : "l"(first + 8 * r));
+  }
+};
+
 // Two neighbouring floats of shared memory.
 __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
   float2 pair;
@@ -65,22 +79,15 @@ __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
   return pair;
 }
 
-// The same for 8-bit inputs: out = output * factor * affine[0] + affine[1], which takes a column back to what
-// V was before quantisation.
+// As store_output, for 8-bit inputs: out = output * factor * affine[0] + affine[1], which takes a column back
+// to what V was before quantisation.
 template <class Traits, class Out, class Output>
-__device__ __forceinline__ void store_dequantised(ForwardArguments const& args, Tile const& tile,
-                                                  int first_row, Output const& output,
-                                                  float const (&factor)[2], float const (&lse)[2],
+__device__ __forceinline__ void store_dequantised(ForwardArguments const& args, WarpgroupTile const& tile,
+                                                  Output const& output, float const (&factor)[2],
+                                                  float const (&lse)[2],
                                                   float const (&affine)[2][Traits::kHeadDim]) {
-  OutputRows const rows(args, tile, first_row, fresh_row_in_tile());
-  // NOTE: loaded here and used at the end only; as LseShift has it, everything would wait for it.
-  float shift[2] = {0, 0};
-  if (args.fp8.lse_shift) {
-    float const* const of_row = args.fp8.lse_shift + (rows.lse - args.lse);
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r)
-      if (r < rows.exist) asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(shift[r]) : "l"(of_row + 8 * r));
-  }
+  OutputRows const rows(args, tile, fresh_row_in_tile());
+  LseShift const shift(args, rows);
   int const lane = threadIdx.x % 4;
   uint32_t const columns = cast_smem_ptr_to_uint(&affine[0][0]) + 8 * lane;
   float2 scale[4], mean[4];
@@ -125,14 +132,14 @@ __device__ __forceinline__ void store_dequantised(ForwardArguments const& args, 
     if (lse[r] == -INFINITY)
       for (int column = 8 * lane; column < args.head_dim; column += 32)
         *reinterpret_cast<uint4*>(rows.out + 8 * r * args.out_row_stride + column) = make_uint4(0, 0, 0, 0);
-    if (lane == 0) rows.lse[8 * r] = lse[r] + args.softmax_scale * shift[r];
+    if (lane == 0) rows.lse[8 * r] = lse[r] + args.softmax_scale * shift.of_row[r];
   }
 }
 
 // The same for rows that see no key: zeros and -inf.
 template <class Traits>
-__device__ __forceinline__ void store_empty(ForwardArguments const& args, Tile const& tile, int first_row) {
-  OutputRows const rows(args, tile, first_row);
+__device__ __forceinline__ void store_empty(ForwardArguments const& args, WarpgroupTile const& tile) {
+  OutputRows const rows(args, tile);
   int const in_quad = threadIdx.x % 4;
   for (int r = 0; r < rows.exist; ++r) {
     for (int column = 8 * in_quad; column < args.head_dim; column += 32)

@@ -1,7 +1,7 @@
 // The forward kernel: warp roles and barriers. loader.cuh, mainloop.cuh and epilogue.cuh are its three parts.
 //
 //   warpgroup 0, one warp      TMA: Q, and K/V blocks into a ring, for every tile of the CTA
-//   warpgroups 1..             64 query rows each: QK, softmax, PV; then O and LSE straight to global memory
+//   warpgroups 1..             64 query rows each: QK, softmax, PV; then O and LSE to global memory
 //
 // CTAs are persistent: each draws tiles until none is left (tile_queue.cuh), and loads the next one's while
 // this one finishes.
@@ -36,8 +36,8 @@ __device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& 
                                               typename Traits::SharedStorage& shared, int warpgroup,
                                               StartTile start_tile, Refill refill, LastLoads last_loads) {
   std::conditional_t<Traits::kFp8, Fp8Mainloop<Traits>, Mainloop<Traits>> mainloop(args, shared, warpgroup);
-  TileReader reader(shared.tiles);
-  for (Tile tile; reader.next(tile);) {
+  TileReader<Traits::kWarpgroups> reader(shared.tiles, warpgroup);
+  for (WarpgroupTile tile; reader.next(tile);) {
     start_tile(tile);
     mainloop.run(tile, refill);
   }
@@ -52,9 +52,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // known to be of shared memory, and which is made anew in every block.
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes);
+  using Writer = TileWriter<Traits::kWarpgroups>;
+  auto const publish = [&](Writer& writer, int index) {
+    return writer.publish(index, 64 * args.warpgroups, [&](int row, int rows) {
+      return block_range(row, rows, args.seqlen_q, args.seqlen_k, args.causal, Traits::kBlockN);
+    });
+  };
   // NOTE: through a shuffle, so that the compiler knows the warp's role is uniform.
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) init_barriers<Traits>(shared, args.warpgroups);
+  if (threadIdx.x == 32 && args.seqlen_k > 0) {  // without keys there are no maps of K and V
+    prefetch_tma_descriptor(&args.q);
+    prefetch_tma_descriptor(&args.k);
+    prefetch_tma_descriptor(&args.v);
+  }
   __syncthreads();
 
   if constexpr (Traits::kSpecialised) {
@@ -62,14 +73,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
       if (warp == 0) {
         Loader<Traits> loader(args, shared);
-        TileWriter writer(shared.tiles, args.scheduler, args.workspace);
+        Writer writer(shared.tiles, args.scheduler, args.workspace);
         for (int index = writer.first(); index >= 0;) {
           int const drawn = writer.draw();
-          int const turns = loader.start_tile(writer.publish(index));
+          int const turns = loader.start_tile(publish(writer, index));
           for (int turn = 0; turn < turns; ++turn) loader.load_turn(turn);
           index = writer.everyone(drawn);
         }
-        writer.publish(-1);
+        publish(writer, -1);
         loader.flush();
         writer.finish();
       }
@@ -77,7 +88,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       cutlass::arch::warpgroup_reg_alloc<Traits::kTile.consumer_registers>();
       int const warpgroup = warp / 4 - 1;
       if (warpgroup < args.warpgroups)
-        compute_tiles<Traits>(args, shared, warpgroup, [](Tile const&) {}, [](int) {}, [] {});
+        compute_tiles<Traits>(args, shared, warpgroup, [](WarpgroupTile const&) {}, [](int) {}, [] {});
     }
   } else {
     // The ablation: warp 0 computes like the others and issues the loads between its turns.
@@ -85,14 +96,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (warpgroup >= args.warpgroups) return;
     constexpr int kAhead = Traits::kStages / 2;  // turns the ring holds
     Loader<Traits> loader(args, shared);
-    TileWriter writer(shared.tiles, args.scheduler, args.workspace);
+    Writer writer(shared.tiles, args.scheduler, args.workspace);
     int turns = 0;
-    if (warp == 0) writer.publish(writer.first());
-    auto const start_tile = [&](Tile const& tile) {
+    if (warp == 0) publish(writer, writer.first());
+    auto const start_tile = [&](WarpgroupTile const& tile) {
       if (warp != 0) return;
       turns = loader.start_tile(tile);
       for (int turn = 0; turn < min(kAhead, turns); ++turn) loader.load_turn(turn);
-      writer.publish(writer.everyone(writer.draw()));
+      publish(writer, writer.everyone(writer.draw()));
     };
     // By turn t every warpgroup can finish turn t - 1 unaided, so the slots that one used come free.
     auto const refill = [&](int turn) {

@@ -56,8 +56,8 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   }
   if constexpr (Traits::kTile.tma_store) {
     if (status == Status::kOk)
-      status = encode_tensor_map(args.out_map, p.out, kDType, {p.head_dim, p.seqlen_q, p.heads_q, p.batch},
-                                 Traits::kSlabColumns, 16);
+      status = encode_tensor_map(args.out_map, p.out, Traits::kFp8 ? p.fp8.out_dtype : kDType,
+                                 {p.head_dim, p.seqlen_q, p.heads_q, p.batch}, 64, 16);
   }
   if (status != Status::kOk) return status;
   args.out = p.out.data;
@@ -78,10 +78,12 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
   args.causal = p.causal;
   args.fp8 = p.fp8;
   args.softmax_scale = p.softmax_scale;
+  args.heads_kv = p.heads_kv;
   if constexpr (Traits::kTile.key_vectors) args.key_bias = p.key_bias;
   if constexpr (Traits::kFp8) {
-    // NOTE: measured: at up to 8 blocks of keys, most of them masked or at a tile's end, turns cost 5 to 8%.
-    args.turn_takers = p.causal && p.seqlen_k <= 8 * Traits::kBlockN ? 1 : args.warpgroups;
+    // NOTE: measured: where most blocks are masked or at a tile's end, turns cost 2 to 8%.
+    int const blocks_without_turns = p.causal ? 8 : Traits::kHeadDim == 64 ? 4 : 0;
+    args.turn_takers = p.seqlen_k <= blocks_without_turns * Traits::kBlockN ? 1 : args.warpgroups;
     if (Traits::kTile.flush && (p.fp8.flush_interval < 1 || !p.fp8.flush)) return Status::kInvalidArgument;
     int& shift = args.q_group_shift = 0;
     if (p.fp8.q_group_rows >= p.seqlen_q)

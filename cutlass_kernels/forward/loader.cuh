@@ -25,41 +25,37 @@ class Loader {
   struct Block {
     int index, head, batch;  // head of K and V
   };
-  Tile tile_;
-  int first_row_;   // of the tile
-  Block first_;     // of the tile's blocks, which are loaded last to first
-  Block v_ = {-1};  // V block that follows the next K block; index -1: none
+  WarpgroupTile tile_;  // the first warpgroup's part
+  Block first_;         // of the tile's blocks, which are loaded last to first
+  Block v_ = {-1};      // 16 bit: V block that follows the next K block; index -1: none
 
  public:
   __device__ Loader(typename Traits::Arguments const& args, Shared& shared) : args_(args), shared_(shared) {
     ring_.phase = q_ring_.phase = 1;
   }
 
-  // Returns how many turns of K and V blocks the tile has.
-  __device__ __forceinline__ int start_tile(Tile const& tile) {
-    int const rows = 64 * args_.warpgroups;
+  // Returns how many turns of K and V blocks the tile has. tile: the first warpgroup's part.
+  __device__ __forceinline__ int start_tile(WarpgroupTile const& tile) {
     tile_ = tile;
-    first_row_ = tile.m_block * rows;
-    int const end =
-        block_range(first_row_, rows, args_.seqlen_q, args_.seqlen_k, args_.causal, Traits::kBlockN).end;
-    first_ = {end - 1, tile.head / args_.q_heads_per_kv, tile.batch};
-    return end;
+    first_ = {tile.tile_end - 1, tile.head / args_.q_heads_per_kv, tile.batch};
+    return tile.tile_end;
   }
 
-  // What the warpgroups read in their turn-th turn of the tile: a K block, and the V block of the turn
-  // before, which may be the tile before's; in the first turn Q too.
-  // NOTE: with one stage Q waits until the tile before is done with its own, and nothing else may wait for
-  // that.
+  // What the warpgroups read in their turn-th turn of the tile: a K block and its V block, with overlap that
+  // of the turn before, which may be the tile before's (16 bit); in the first turn Q too.
+  // NOTE: K first, because Q's scales (8 bit) are waited for. With one stage Q comes last: it waits until the
+  // tile before is done with its own, and nothing else may wait for that.
   __device__ __forceinline__ void load_turn(int turn) {
     Block const block = {first_.index - turn, first_.head, first_.batch};
-    if (Traits::kQStages > 1 && turn == 0) load_q();
     load_k(block);
+    if (Traits::kQStages > 1 && turn == 0) load_q();
     if constexpr (Traits::kTile.overlap) {
-      if (v_.index >= 0) load_v(v_);
-      v_ = block;
-      if (Traits::kFp8 && block.index == 0) {  // a tile's last V does not wait for the next tile's K
-        load_v(v_);
-        v_.index = -1;
+      if constexpr (Traits::kFp8) {  // a tile's last V does not wait for the next tile's K
+        if (turn > 0) load_v({block.index + 1, block.head, block.batch});
+        if (block.index == 0) load_v(block);
+      } else {
+        if (v_.index >= 0) load_v(v_);
+        v_ = block;
       }
     } else {
       load_v(block);
@@ -90,12 +86,10 @@ class Loader {
       if (elect_one_sync()) {
         uint32_t const affine_bytes = Traits::kFp8 ? args_.head_dim * sizeof(float) : 0;
         FullBarrier::arrive_and_expect_tx(&full, sizeof(shared_.q[0][0]) + 2 * affine_bytes);
-        copy_slabs(args_.q, full, shared_.q[q_ring_.slot][wg], 64, first_row_ + 64 * wg, tile_.head,
+        copy_slabs(args_.q, full, shared_.q[q_ring_.slot][wg], 64, tile_.row + 64 * wg, tile_.head,
                    tile_.batch, TMA::CacheHintSm90::EVICT_FIRST);
         if constexpr (Traits::kFp8) {
-          int64_t const channels =
-              (int64_t(tile_.batch) * (args_.scheduler.heads_q / args_.q_heads_per_kv) + first_.head) *
-              args_.head_dim;
+          int64_t const channels = (int64_t(tile_.batch) * args_.heads_kv + first_.head) * args_.head_dim;
           auto& affine = shared_.v_affine[affine_ring_.slot][wg];
           SM90_BULK_COPY_G2S::copy(args_.fp8.v_scale + channels, &full, affine[0], affine_bytes);
           SM90_BULK_COPY_G2S::copy(args_.fp8.v_mean + channels, &full, affine[1], affine_bytes);
@@ -116,7 +110,7 @@ class Loader {
     auto const of_row = [&](int row) {
       return __ldg(of_head + (min(row, args_.seqlen_q - 1) >> args_.q_group_shift) * q_scale.group_stride);
     };
-    int const row = first_row_ + 64 * wg + threadIdx.x % 32;
+    int const row = tile_.row + 64 * wg + threadIdx.x % 32;
     return {of_row(row), of_row(row + 32)};
   }
   __device__ __forceinline__ void store_scales(float2 scales, int wg) {

@@ -39,7 +39,7 @@ class Mainloop {
   Output output_;            // 64 x head_dim, FP32
   Probabilities p_;          // 64 x kBlockN, of the last block whose QK is done
   Softmax softmax_;          // of the tile that p_ belongs to
-  Tile tile_;                // that tile
+  WarpgroupTile tile_;       // that tile
   int q_slot_;               // where its Q was, and its output will be (tma_store)
   bool pending_ = false;     // p_ still waits for its V
   bool accumulate_ = false;  // output_ holds something of tile_ already
@@ -58,13 +58,9 @@ class Mainloop {
   // All turns of a tile; what it leaves pending, the next run() or flush() completes. refill(turn) comes at
   // the start of every turn: without a loading warp, that is where the loads are issued.
   template <class Refill>
-  __device__ __forceinline__ void run(Tile const& tile, Refill refill) {
-    int const tile_rows = 64 * args_.warpgroups;
-    int const tile_end = block_range(tile.m_block * tile_rows, tile_rows, args_.seqlen_q, args_.seqlen_k,
-                                     args_.causal, kBlockN)
-                             .end;
-    BlockRange const range =
-        block_range(first_row(tile), 64, args_.seqlen_q, args_.seqlen_k, args_.causal, kBlockN);
+  __device__ __forceinline__ void run(WarpgroupTile const& tile, Refill refill) {
+    int const tile_end = tile.tile_end;
+    BlockRange const range = tile.range;
     // Blocks that only later rows of the tile see: pass them on unread, but keep taking turns.
     int const skipped = tile_end - range.end;
     for (int turn = 0; turn < skipped; ++turn) {
@@ -77,7 +73,7 @@ class Mainloop {
         release_q(false);
         if (!kTile.overlap) baton_.take(), baton_.pass();  // as often as in run_in_order
       }
-      store_empty<Traits>(args_, tile, first_row(tile));
+      store_empty<Traits>(args_, tile);
       return;
     }
     if constexpr (kTile.overlap) {
@@ -109,7 +105,7 @@ class Mainloop {
  private:
   // QK of a tile's first block, beside PV of the last block of the tile before if that is pending.
   template <bool kPending>
-  __device__ __forceinline__ void first_turn(Tile const& tile, BlockRange range) {
+  __device__ __forceinline__ void first_turn(WarpgroupTile const& tile, BlockRange range) {
     float alpha[2];
     int const n = range.end - 1, q_slot = q_ring_.slot;
     Softmax fresh = make_softmax();
@@ -125,7 +121,7 @@ class Mainloop {
     if (!kPending && started_) skip_blocks(1);
     release_slot(k_slot);
     if (n == 0) release_q();
-    prepare_scores(s, n, range, first_row(tile));
+    prepare_scores(s, n, range, tile.row);
     fresh.step(s, alpha);  // nothing to rescale yet
     if constexpr (kPending) finish_pending();
     round_probabilities<Traits>(s, p_);
@@ -153,7 +149,7 @@ class Mainloop {
     wait_product<1>(s);
     release_slot(k_slot);
     if (n == 0) release_q();
-    prepare_scores(s, n, range, first_row(tile_));
+    prepare_scores(s, n, range, tile_.row);
     bool const rescale = softmax_.step(s, alpha);
     // NOTE: the next turn's block is waited for here because the wait is a loop: with the fence before it,
     // nvcc moves no exponential across. Without the two, all of them end up below wait_product, and PV runs
@@ -200,16 +196,16 @@ class Mainloop {
     float factor[2], lse[2];
     softmax_.finish(factor, lse);
     if constexpr (kTile.tma_store)
-      store_output_tma<Traits>(args_, tile_, first_row(tile_), output_, factor, lse,
-                               shared_.q[q_slot_][warpgroup_], warpgroup_);
+      store_output_tma<Traits>(args_, tile_, output_, factor, lse, shared_.q[q_slot_][warpgroup_],
+                               warpgroup_);
     else
-      store_output<Traits>(args_, tile_, first_row(tile_), output_, factor, lse);
+      store_output<Traits>(args_, tile_, output_, factor, lse);
   }
 
   // Without overlap: QK, softmax and PV of a block one after the other, PV in one turn with QK of the next
   // block.
   template <class Refill>
-  __device__ __forceinline__ void run_in_order(Tile const& tile, BlockRange range, int skipped,
+  __device__ __forceinline__ void run_in_order(WarpgroupTile const& tile, BlockRange range, int skipped,
                                                Refill& refill) {
     float alpha[2];
     softmax_ = make_softmax();
@@ -225,7 +221,7 @@ class Mainloop {
       wait_product<0>(s);
       release_block();
       if (n == 0) release_q();
-      prepare_scores(s, n, range, first_row(tile));
+      prepare_scores(s, n, range, tile.row);
       bool const rescale = softmax_.step(s, alpha);
       round_probabilities<Traits>(s, p_);
       if (rescale && accumulate_) scale_rows(output_, alpha);
@@ -245,10 +241,6 @@ class Mainloop {
   // A tile's softmax before its first block.
   __device__ __forceinline__ Softmax make_softmax() const {
     return Softmax(args_.scale_log2, kTile.rescale_threshold);
-  }
-
-  __device__ __forceinline__ int first_row(Tile const& tile) const {
-    return 64 * (tile.m_block * args_.warpgroups + warpgroup_);
   }
 
   static __device__ __forceinline__ auto make_scores() {  // 64 x kBlockN, FP32

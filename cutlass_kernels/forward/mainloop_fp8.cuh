@@ -21,6 +21,7 @@
 #include "common/mask.cuh"
 #include "common/quantized_softmax.cuh"
 #include "forward/epilogue.cuh"
+#include "forward/epilogue_tma.cuh"
 #include "forward/flush.cuh"
 #include "forward/operands.cuh"
 #include "forward/traits.cuh"
@@ -59,7 +60,8 @@ class Fp8Mainloop {
   // The output column that V's row of ones makes; the quad's first lane has it. Or, where nothing is asked of
   // that row, the FP32 sum of the unrounded P in this thread's columns.
   float row_sum_[2];
-  int k_scales_;  // where those of the tile's head start
+  int k_scales_;          // where those of the tile's head start
+  bool storing_ = false;  // TMA reads the output of the tile before from that tile's Q stage
   Softmax softmax_;
 
  public:
@@ -73,13 +75,9 @@ class Fp8Mainloop {
 
   // All turns of a tile, and its output.
   template <class Refill>
-  __device__ __forceinline__ void run(Tile const& tile, Refill) {
-    int const tile_rows = 64 * args_.warpgroups;
-    int const tile_end = block_range(tile.m_block * tile_rows, tile_rows, args_.seqlen_q, args_.seqlen_k,
-                                     args_.causal, kBlockN)
-                             .end;
-    int const row = first_row(tile);
-    BlockRange const range = block_range(row, 64, args_.seqlen_q, args_.seqlen_k, args_.causal, kBlockN);
+  __device__ __forceinline__ void run(WarpgroupTile const& tile, Refill) {
+    int const tile_end = tile.tile_end, row = tile.row;
+    BlockRange const range = tile.range;
     // Blocks that only later rows of the tile see: pass them on unread, but keep taking turns.
     int const skipped = tile_end - range.end;
     if constexpr (kTile.overlap) {
@@ -99,11 +97,12 @@ class Fp8Mainloop {
     if (tile_end > 0) wait_q();
     if (range.end == 0) {
       if (tile_end > 0) {
-        release_q();
+        release_output();
+        release_q(false);
         affine_ring_.advance();
         if constexpr (!kTile.overlap) baton_.take_immediate(), baton_.pass();  // as often as below
       }
-      store_empty<Traits>(args_, tile, row);
+      store_empty<Traits>(args_, tile);
       return;
     }
     softmax_ = Softmax{};
@@ -115,10 +114,13 @@ class Fp8Mainloop {
       run_overlapped(range, row, skipped > 0);
     else
       run_in_order(range, row);
-    finish_tile(tile, row);
+    finish_tile(tile);
   }
 
-  __device__ __forceinline__ void flush() {}
+  // After the last tile.
+  __device__ __forceinline__ void flush() {
+    if constexpr (kTile.tma_store) tma_store_wait<0>();  // it reads shared memory
+  }
 
  private:
   __device__ __forceinline__ void run_in_order(BlockRange const& range, int row) {
@@ -183,6 +185,7 @@ class Fp8Mainloop {
       read_q_scales();
       wait_block();
       issue_half<0>(s);
+      release_output();
       follow_scores<0>(s, ring_.slot, n, range, row, block_scale, alpha);
       ring_.advance();
       if (passed_by) skip_block();
@@ -382,26 +385,33 @@ class Fp8Mainloop {
       return (s);
   }
 
-  __device__ __forceinline__ void finish_tile(Tile const& tile, int row) {
+  __device__ __forceinline__ void finish_tile(WarpgroupTile const& tile) {
     float factor[2], lse[2], row_sum[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r)
       row_sum[r] =
           kRowSumColumn ? __shfl_sync(~0u, row_sum_[r], threadIdx.x % 32 & ~3) : quad_sum(row_sum_[r]);
     softmax_.finish(row_sum, args_.fp8.p_offset, factor, lse);
-    // NOTE: two ways to the same values; at d256 (one Q stage) registers are scarce, and d128 spills with the
-    // first.
+    // NOTE: two ways to the same values; at d256 with one Q stage registers are scarce, and d128 spills with
+    // the first.
     constexpr bool kOneStage = Traits::kQStages == 1;
     int const slot = kOneStage ? q_ring_.phase ^ 1 : affine_ring_.slot;
     auto const store = [&](auto element) {
-      store_dequantised<Traits, decltype(element)>(args_, tile, kOneStage ? row : first_row(tile), output_,
-                                                   factor, lse, shared_.v_affine[slot][warpgroup_]);
+      using Out = decltype(element);
+      auto const& affine = shared_.v_affine[slot][warpgroup_];
+      if constexpr (kTile.tma_store)
+        store_dequantised_tma<Traits, Out>(
+            args_, tile, output_, factor, lse, affine,
+            reinterpret_cast<uint8_t*>(shared_.q[q_ring_.slot ^ 1][warpgroup_]), warpgroup_);
+      else
+        store_dequantised<Traits, Out>(args_, tile, output_, factor, lse, affine);
     };
     if (args_.fp8.out_dtype == DType::kFP16)
       store(cutlass::half_t{});
     else
       store(cutlass::bfloat16_t{});
     affine_ring_.advance();
+    storing_ = kTile.tma_store;
   }
 
   // Dequantisation factors of the rows of Q, times softmax_scale log2(e).
@@ -425,10 +435,6 @@ class Fp8Mainloop {
     return scale;
   }
 
-  __device__ __forceinline__ int first_row(Tile const& tile) const {
-    return 64 * (tile.m_block * args_.warpgroups + warpgroup_);
-  }
-
   __device__ __forceinline__ void wait_block() const {
     FullBarrier::wait(&shared_.kv_full[ring_.slot], ring_.phase);
   }
@@ -443,9 +449,19 @@ class Fp8Mainloop {
   __device__ __forceinline__ void wait_q() const {
     FullBarrier::wait(&shared_.q_full[q_ring_.slot][warpgroup_], q_ring_.phase);
   }
-  __device__ __forceinline__ void release_q() {
-    if (cute::elect_one_sync()) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
+  // keep: the tile's output needs the place.
+  __device__ __forceinline__ void release_q(bool keep = kTile.tma_store) {
+    if (!keep && cute::elect_one_sync()) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
     q_ring_.advance();
+  }
+  // Once TMA has read the output of the tile before.
+  __device__ __forceinline__ void release_output() {
+    if (!kTile.tma_store || !storing_) return;
+    if (cute::elect_one_sync()) {
+      tma_store_wait<0>();
+      EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot ^ 1][warpgroup_]);
+    }
+    storing_ = false;
   }
 };
 

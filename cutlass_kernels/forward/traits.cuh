@@ -6,10 +6,10 @@
 
 #include "common/element.cuh"
 #include "common/pipeline.cuh"
-#include "common/tile_queue.cuh"
 #include "common/tile_scheduler.h"
 #include "common/tile_table.h"
 #include "common/wgmma.cuh"
+#include "forward/tile_queue.cuh"
 #include "hopper_fa/forward.h"
 
 namespace hopper_fa {
@@ -31,6 +31,7 @@ struct ForwardArguments {
   Fp8Params fp8;        // 8-bit inputs only
   float softmax_scale;  // 8-bit inputs only
   int q_group_shift;    // 8-bit inputs only: log2 of the rows that share a scale of Q; 31: all
+  int heads_kv;         // 8-bit inputs only
   int turn_takers;      // 8-bit inputs only: warpgroups that take turns on the tensor cores; 1: nobody does
 };
 
@@ -78,7 +79,7 @@ struct ForwardTraits {
   static_assert(128 * (kWarpgroups * kTile.consumer_registers + kTile.producer_registers) <=
                 kThreads * (65536 / kThreads / 8 * 8));
   // The next tile's Q lies beside this one's output.
-  static_assert(!kTile.tma_store || (kTile.overlap && kQStages >= 2));
+  static_assert(!kTile.tma_store || (kTile.overlap && kQStages == 2));
 
   // TMA boxes of Q and K: slabs of at most 128 bytes a row.
   static constexpr int kSlabColumns = kHeadDim * sizeof(Element) < 128 ? kHeadDim : 128 / sizeof(Element);
@@ -141,11 +142,11 @@ struct ForwardTraits {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];
     alignas(1024) uint8_t kv[kStages][forward_slot_bytes(kTile)];
     // 8 bit: v_scale and v_mean of a tile's head, for each warpgroup.
-    // NOTE: one slot more than Q has, because Q is released before the epilogue reads them.
+    // NOTE: one slot more than Q has, because most kernels release Q before the epilogue reads them.
     alignas(16) float v_affine[kFp8 ? kQStages + 1 : 1][kFp8 ? kWarpgroups : 1][2][kFp8 ? kHeadDim : 2];
     uint64_t q_full[kQStages][kWarpgroups], q_empty[kQStages][kWarpgroups];
     uint64_t kv_full[kStages], kv_empty[kStages];
-    TileQueueStorage tiles;
+    TileQueueStorage<kWarpgroups> tiles;
     // 8 bit: scales of the tile's rows, and where K's of its head start.
     float q_scales[kFp8 ? kQStages : 0][kWarpgroups][64];
     int k_scales[kFp8 ? kQStages : 0][kWarpgroups];
