@@ -56,8 +56,8 @@ def test_emulator_predicts_the_kernel(
     floor = 1e-3 * eps * dout.abs().max().item()
     for name, ours, theirs, truth in zip("qkv", got, emulated, gradients_float64(*problem), strict=True):
         last_place = eps * truth.square().mean().sqrt().item()
-        # NOTE: FP32 scores of hundreds, whose sums the tensor core cuts, are off by a twentieth of FP16's last
-        # place of P.
+        # NOTE: FP32 scores of hundreds, whose sums the tensor core cuts, move P by a twentieth of FP16's
+        # last place.
         share = 0.5 if dtype == "fp16" and distribution in ("outliers", "one_hot") else 0.35
         allowed = share * error_metrics(ours, truth)["rmse"] + 0.02 * last_place + floor
         difference = error_metrics(ours, theirs)["rmse"]
