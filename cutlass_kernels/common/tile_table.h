@@ -26,12 +26,13 @@ struct ForwardTile {
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its
   // columns, and is added to O in FP32. 0: P V accumulates in O itself.
   int pv_parts = 0;
-  bool tma_store = false;  // the output leaves through the tile's Q stage and TMA
+  bool tma_store = false;  // the output leaves through TMA and the tile's Q stage, or output_place
   int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
   int qk_parts = 1;  // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
   bool key_vectors = false;  // 8-bit only: every key has a scale and a bias of its own
   // 8-bit with overlap only: O is moved to FP32 sums in global memory every few blocks (forward/flush.cuh).
   bool flush = false;
+  bool output_place = false;  // 8-bit only: shared memory that holds nothing but the output
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -42,7 +43,8 @@ constexpr ForwardTile kForwardTiles[] = {
     {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     // 8-bit inputs.
-    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
+    {"fp8", 64, 256,  128, 2, 12,    32,    112, PingPong::kAfterPV, false, 0, 0.0f,
+     1,     1,  true, 1,   2, false, false, true},
     {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
@@ -119,6 +121,11 @@ constexpr int forward_scale_bytes(ForwardTile const& t) {
 // Bytes of the maxima that moved sums are relative to, two rows a thread.
 constexpr int forward_reference_bytes(ForwardTile const& t) { return t.flush ? t.block_m / 64 * 128 * 8 : 0; }
 
+// 8 bit: bytes of the output's own place.
+constexpr int forward_output_bytes(ForwardTile const& t) {
+  return t.output_place ? t.block_m * t.head_dim * 2 : 0;
+}
+
 // Bytes of the warpgroups' parts of two tiles.
 constexpr int forward_queue_bytes(ForwardTile const& t) { return t.block_m / 64 * 64; }
 
@@ -126,7 +133,7 @@ constexpr int forward_queue_bytes(ForwardTile const& t) { return t.block_m / 64 
 constexpr int forward_shared_memory(ForwardTile const& t) {
   return t.q_stages * t.block_m * t.head_dim * t.element_bytes + t.kv_stages * forward_slot_bytes(t) +
          forward_affine_bytes(t) + forward_scale_bytes(t) + forward_reference_bytes(t) +
-         forward_queue_bytes(t) + 1024 + 512;
+         forward_output_bytes(t) + forward_queue_bytes(t) + 1024 + 512;
 }
 
 struct BackwardTile {

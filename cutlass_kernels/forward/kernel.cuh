@@ -37,7 +37,12 @@ __device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& 
                                               StartTile start_tile, Refill refill, LastLoads last_loads) {
   std::conditional_t<Traits::kFp8, Fp8Mainloop<Traits>, Mainloop<Traits>> mainloop(args, shared, warpgroup);
   TileReader<Traits::kWarpgroups> reader(shared.tiles, warpgroup);
-  for (WarpgroupTile tile; reader.next(tile);) {
+  for (WarpgroupTile tile;;) {
+    bool const more = reader.next(tile);
+    // NOTE: the last tile's store too must have read shared memory. In every tile, because ptxas keeps the
+    // tile in vector registers, and spills, if this stands behind the loop or a branch.
+    if constexpr (Traits::kTile.output_place) tma_store_wait<0>();
+    if (!more) break;
     start_tile(tile);
     mainloop.run(tile, refill);
   }

@@ -41,6 +41,7 @@ class Fp8Mainloop {
   static constexpr int kHalf = kBlockN / kQKParts;
   static constexpr int kInFlight = kTile.pv_in_flight;
   static constexpr bool kKeyVectors = kTile.key_vectors;
+  static constexpr bool kStoreFromQ = kTile.tma_store && !kTile.output_place;
   using Score = typename Traits::Score;
   using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
@@ -119,7 +120,7 @@ class Fp8Mainloop {
 
   // After the last tile.
   __device__ __forceinline__ void flush() {
-    if constexpr (kTile.tma_store) tma_store_wait<0>();  // it reads shared memory
+    if constexpr (kStoreFromQ) tma_store_wait<0>();  // it reads shared memory
   }
 
  private:
@@ -402,7 +403,9 @@ class Fp8Mainloop {
       if constexpr (kTile.tma_store)
         store_dequantised_tma<Traits, Out>(
             args_, tile, output_, factor, lse, affine,
-            reinterpret_cast<uint8_t*>(shared_.q[q_ring_.slot ^ 1][warpgroup_]), warpgroup_);
+            kStoreFromQ ? reinterpret_cast<uint8_t*>(shared_.q[q_ring_.slot ^ 1][warpgroup_])
+                        : shared_.output[warpgroup_],
+            warpgroup_);
       else
         store_dequantised<Traits, Out>(args_, tile, output_, factor, lse, affine);
     };
@@ -411,7 +414,7 @@ class Fp8Mainloop {
     else
       store(cutlass::bfloat16_t{});
     affine_ring_.advance();
-    storing_ = kTile.tma_store;
+    storing_ = kStoreFromQ;
   }
 
   // Dequantisation factors of the rows of Q, times softmax_scale log2(e).
@@ -450,13 +453,13 @@ class Fp8Mainloop {
     FullBarrier::wait(&shared_.q_full[q_ring_.slot][warpgroup_], q_ring_.phase);
   }
   // keep: the tile's output needs the place.
-  __device__ __forceinline__ void release_q(bool keep = kTile.tma_store) {
+  __device__ __forceinline__ void release_q(bool keep = kStoreFromQ) {
     if (!keep && cute::elect_one_sync()) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
     q_ring_.advance();
   }
   // Once TMA has read the output of the tile before.
   __device__ __forceinline__ void release_output() {
-    if (!kTile.tma_store || !storing_) return;
+    if (!kStoreFromQ || !storing_) return;
     if (cute::elect_one_sync()) {
       tma_store_wait<0>();
       EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot ^ 1][warpgroup_]);

@@ -79,7 +79,8 @@ struct ForwardTraits {
   static_assert(128 * (kWarpgroups * kTile.consumer_registers + kTile.producer_registers) <=
                 kThreads * (65536 / kThreads / 8 * 8));
   // The next tile's Q lies beside this one's output.
-  static_assert(!kTile.tma_store || (kTile.overlap && kQStages == 2));
+  static_assert(!kTile.tma_store || kTile.output_place || (kTile.overlap && kQStages == 2));
+  static_assert(!kTile.output_place || (kFp8 && kTile.tma_store));
 
   // TMA boxes of Q and K: slabs of at most 128 bytes a row.
   static constexpr int kSlabColumns = kHeadDim * sizeof(Element) < 128 ? kHeadDim : 128 / sizeof(Element);
@@ -141,6 +142,7 @@ struct ForwardTraits {
   struct SharedStorage {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];
     alignas(1024) uint8_t kv[kStages][forward_slot_bytes(kTile)];
+    alignas(1024) uint8_t output[kTile.output_place ? kWarpgroups : 0][64 * kHeadDim * 2];
     // 8 bit: v_scale and v_mean of a tile's head, for each warpgroup.
     // NOTE: one slot more than Q has, because most kernels release Q before the epilogue reads them.
     alignas(16) float v_affine[kFp8 ? kQStages + 1 : 1][kFp8 ? kWarpgroups : 1][2][kFp8 ? kHeadDim : 2];
