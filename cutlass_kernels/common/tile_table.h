@@ -43,8 +43,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     // 8-bit inputs.
-    {"fp8", 64, 256,  128, 2, 12,    32,    112, PingPong::kAfterPV, false, 0, 0.0f,
-     1,     1,  true, 1,   2, false, false, true},
+    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
     {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
     {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
@@ -72,6 +71,27 @@ constexpr ForwardTile kForwardTiles[] = {
     {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
     {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
+    // Tried and faster, its tests on a GPU still to come (docs/notes/fp8_log.md).
+    {"fp8_output_place",
+     64,
+     256,
+     128,
+     2,
+     12,
+     32,
+     112,
+     PingPong::kAfterPV,
+     false,
+     0,
+     0.0f,
+     1,
+     1,
+     true,
+     1,
+     2,
+     false,
+     false,
+     true},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
