@@ -38,9 +38,7 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|early_pass"
     "bf16|64|plain_store"
     "bf16|128|tma_store"
-    "e4m3|128|fp8_no_ping_pong"
-    "e4m3|64|fp8_output_place"
-    "int8|64|fp8_output_place")
+    "e4m3|128|fp8_no_ping_pong")
 
 # Quantisation, by input type.
 set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")

@@ -269,8 +269,6 @@ def backward(
 
 def fp8_variant(recipe: Fp8Recipe, head_dim: int) -> str | None:
     """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
-    if recipe.rescale_threshold != 0:
-        return None
     interval = recipe.interval(head_dim)
     if recipe.row_sum == "product" and interval == 1:
         return "fp8_keys" if recipe.has_key_vectors else "fp8"
@@ -287,8 +285,6 @@ def fp8_problem(recipe: Fp8Recipe, head_dim: int) -> str | None:
     """What the FP8 kernels cannot do of a recipe, or None. The emulator can do all of it."""
     if fp8_variant(recipe, head_dim) is not None:
         return None
-    if recipe.rescale_threshold != 0:
-        return "only rescale_threshold=0"
     if recipe.has_key_vectors:
         return 'k_granularity="token" and smooth_q only with accumulation=1 and row_sum="product"'
     return (
@@ -359,7 +355,8 @@ def forward_fp8(
         (qkv.q_scale.data_ptr(), *qkv.q_scale.stride()), qkv.q_group_rows,
         k_scale,
         qkv.v_scale.data_ptr(), v_mean.data_ptr(),
-        0 if qkv.lse_shift is None else qkv.lse_shift.data_ptr(), qkv.recipe.p_offset, key_bias,
+        0 if qkv.lse_shift is None else qkv.lse_shift.data_ptr(),
+        qkv.recipe.p_offset, qkv.recipe.rescale_threshold, key_bias,
         interval, 0 if flush is None else flush.data_ptr(),
     )
     # fmt: on

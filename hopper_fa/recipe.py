@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
 K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
 FLUSH_INTERVAL, SMOOTH_FLUSH_INTERVAL = 16, 32  # key blocks, see Fp8Recipe.interval
+# Lazy rescaling: of P, whose largest lies between 2**6 and 2**8.8, see Fp8Recipe.rescale_threshold.
+LAZY_OFFSET, LAZY_THRESHOLD = 6.0, 2.8
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 
@@ -41,7 +43,8 @@ class Fp8Recipe:
             wider the attention of a row, the more of what rounding V did to it that undoes.
         p_offset: P is exp2(score - maximum + p_offset): the higher, the fewer small P become 0.
         rescale_threshold: growth of the row maximum, in log2, that the output is not yet rescaled for; 0
-            rescales at every growth. p_offset + rescale_threshold must not exceed log2(448) = 8.807.
+            rescales at every growth. The higher, the more blocks the kernel needs no row's maximum of.
+            p_offset + rescale_threshold must not exceed log2(448) = 8.807.
         accumulation: the tensor core adds with 13 fraction bits and cuts the rest off. Every `accumulation`
             key blocks of K_BLOCK, counted from key 0, its sum is moved to float32 and starts again from zero,
             row sums as a product in every block; 0: never. None: as the fastest kernel, see `interval`.
@@ -137,12 +140,20 @@ class Fp8Recipe:
         int8, because e4m3 Q and K alone exceed the error this preset allows itself on outliers
         (docs/notes/fp8_log.md).
         """
-        return cls(qk_dtype="int8", rotation="hadamard", smooth_k=True, smooth_v=True, compensate_v=True)
+        return cls(
+            qk_dtype="int8",
+            rotation="hadamard",
+            smooth_k=True,
+            smooth_v=True,
+            compensate_v=True,
+            p_offset=LAZY_OFFSET,
+            rescale_threshold=LAZY_THRESHOLD,
+        )
 
     @classmethod
     def accurate(cls) -> "Fp8Recipe":
-        """`default` with a scale for each row of Q."""
-        return replace(cls.default(), q_granularity="token")
+        """`default` with a scale for each row of Q, and without lazy rescaling."""
+        return replace(cls.default(), q_granularity="token", p_offset=8.0, rescale_threshold=0.0)
 
     @classmethod
     def causal_safe(cls) -> "Fp8Recipe":
@@ -150,7 +161,14 @@ class Fp8Recipe:
 
         V is rounded as it is: values above 448 saturate, and those below 2**-6 lose relative precision.
         """
-        return cls(q_granularity="token", k_granularity="token", v_granularity="none", rotation="hadamard")
+        return cls(
+            q_granularity="token",
+            k_granularity="token",
+            v_granularity="none",
+            rotation="hadamard",
+            p_offset=LAZY_OFFSET,
+            rescale_threshold=LAZY_THRESHOLD,
+        )
 
     @classmethod
     def fa3(cls) -> "Fp8Recipe":

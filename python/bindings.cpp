@@ -53,7 +53,7 @@ py::dict tile_dict(int index) {
   d["rescale_threshold"] = t.rescale_threshold;
   d["element_bytes"] = t.element_bytes;
   d["pv_parts"] = t.pv_parts;
-  d["tma_store"] = t.tma_store;
+  d["tma_store"] = t.store != Store::kPlain;
   d["flush_floats"] = forward_flush_floats(t);
   d["shared_memory"] = forward_shared_memory(t);
   return d;
@@ -216,9 +216,9 @@ ScaleRef scale_ref(Scale const& s) {
 }
 
 // forward(..., stream) and forward_fp8(..., stream, out_dtype, q_scale, q_group_rows, k_scale, v_scale,
-// v_mean, lse_shift, p_offset, key_bias, flush_interval, flush), where ... are the arguments of
-// forward_params. NOTE: positional and flat on purpose: keyword arguments and structs cost microseconds a
-// call.
+// v_mean, lse_shift, p_offset, rescale_threshold, key_bias, flush_interval, flush), where ... are the
+// arguments of forward_params. NOTE: positional and flat on purpose: keyword arguments and structs cost
+// microseconds a call.
 template <class... Args>
 void def_forward(py::module_& m, ForwardParams (*make)(Args...)) {
   auto const run = [](ForwardParams const& p, std::uintptr_t stream) {
@@ -228,7 +228,8 @@ void def_forward(py::module_& m, ForwardParams (*make)(Args...)) {
   m.def("forward_fp8",
         [=](Args... args, std::uintptr_t stream, int out_dtype, Scale const& q_scale, int q_group_rows,
             Scale const& k_scale, std::uintptr_t v_scale, std::uintptr_t v_mean, std::uintptr_t lse_shift,
-            float p_offset, Scale const& key_bias, int flush_interval, std::uintptr_t flush) {
+            float p_offset, float rescale_threshold, Scale const& key_bias, int flush_interval,
+            std::uintptr_t flush) {
           ForwardParams p = make(args...);
           p.fp8.out_dtype = static_cast<DType>(out_dtype);
           p.fp8.q_scale = scale_ref(q_scale);
@@ -238,6 +239,7 @@ void def_forward(py::module_& m, ForwardParams (*make)(Args...)) {
           p.fp8.v_mean = reinterpret_cast<float const*>(v_mean);
           p.fp8.lse_shift = reinterpret_cast<float const*>(lse_shift);
           p.fp8.p_offset = p_offset;
+          p.fp8.rescale_threshold = rescale_threshold;
           p.key_bias = scale_ref(key_bias);
           p.fp8.flush_interval = flush_interval;
           p.fp8.flush = reinterpret_cast<float*>(flush);

@@ -60,29 +60,47 @@ struct QuantizedSoftmax {
   }
 
   // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out, without row_scale if not kRowScale
-  // (block_scale is positive then). The output so far must be
-  // multiplied by alpha before this P's product is added: in two-level accumulation that costs nothing, so
-  // the maximum is followed at once and P never exceeds 2^p_offset.
+  // (block_scale is positive then). row_max follows the rows' maxima once they outgrow it by more than
+  // `threshold`, so P never exceeds 2^(p_offset + threshold). The output so far must be multiplied by alpha
+  // before this P's product is added; returns whether a row of the warp has another than 1.
   // row_sum: if kSum, what the unrounded P of this thread's columns add up to.
   template <bool kSum, bool kRowScale, class Scores, class Probabilities>
-  __device__ __forceinline__ void step(Scores const& s, int (&best)[2], Probabilities&& p, float block_scale,
-                                       float p_offset, float (&alpha)[2], float (&row_sum)[2]) {
-    float unscaled[2], scale[2], bias[2];
-    block_max(s, best, unscaled);
+  __device__ __forceinline__ bool step(Scores const& s, int (&best)[2], Probabilities&& p, float block_scale,
+                                       float p_offset, float threshold, float (&alpha)[2],
+                                       float (&row_sum)[2]) {
+    float scale[2];
+    bool outgrown = false;
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
-      // NOTE: never 0, which would turn the mask's -inf into NaN; nor NaN where the row sees no key of the
-      // block.
-      float const product = max_nan(row_scale[r] * block_scale, 0x1p-149f);
-      scale[r] = !kRowScale ? block_scale : unscaled[r] == -INFINITY ? 1.f : product;
-      float const new_max = max_nan(row_max[r], unscaled[r] * scale[r]);
-      alpha[r] = exp2_sfu(row_max[r] - new_max);
-      bias[r] = p_offset - new_max;
+      // NOTE: never 0, which would turn the mask's -inf into NaN.
+      scale[r] = kRowScale ? max_nan(row_scale[r] * block_scale, 0x1p-149f) : block_scale;
+      // NOTE: of this thread's columns alone: where no thread's outgrow, no row's do. True for NaN.
+      outgrown |= !(fmaf(as_value(best[r]), scale[r], -row_max[r]) <= threshold);
+      alpha[r] = 1.f;
+    }
+    bool const any_outgrown = __any_sync(~0u, outgrown);
+    if (any_outgrown) {
+      float unscaled[2];
+      block_max(s, best, unscaled);
+      CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        // NOTE: nor NaN where the row sees no key of the block.
+        if (kRowScale && unscaled[r] == -INFINITY) scale[r] = 1.f;
+        // NOTE: every row decides by itself, or its result would depend on its neighbours.
+        if (fmaf(unscaled[r], scale[r], -row_max[r]) <= threshold) continue;
+        float const new_max = unscaled[r] * scale[r];
+        alpha[r] = exp2_sfu(row_max[r] - new_max);
+        row_max[r] = new_max;
+        if constexpr (kSum) row_sum[r] *= alpha[r];
+      }
+    }
+    float bias[2];
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      bias[r] = p_offset - row_max[r];
       // NOTE: rounding this sum moves all scores of a row and block by at most one in the integers' last
       // place together.
       if (kInteger) bias[r] = fmaf(-kMagic, scale[r], bias[r]);
-      row_max[r] = new_max;
-      if constexpr (kSum) row_sum[r] *= alpha[r];
     }
     CUTE_UNROLL
     for (int i = 0; i < decltype(cute::size(s))::value; ++i) {
@@ -90,6 +108,7 @@ struct QuantizedSoftmax {
       p(i) = exp2_sfu(fmaf(as_float(s(i)), scale[r], bias[r]));
       if constexpr (kSum) row_sum[r] += p(i);
     }
+    return any_outgrown;
   }
 
   // row_sum: of the rounded P. As OnlineSoftmax::finish.
@@ -113,6 +132,11 @@ struct QuantizedSoftmax {
       return s;
   }
 
+  // A maximum's bits as a score.
+  static __device__ __forceinline__ float as_value(int best) {
+    return kInteger ? as_float(static_cast<Score>(best)) - kMagic : __int_as_float(best);
+  }
+
   // The rows' maxima over the block, across the quads.
   template <class Scores>
   static __device__ __forceinline__ void block_max(Scores const& s, int (&best)[2], float (&result)[2]) {
@@ -124,8 +148,7 @@ struct QuantizedSoftmax {
       best[1] = max(best[1], other[1]);
     }
     CUTE_UNROLL
-    for (int r = 0; r < 2; ++r)
-      result[r] = kInteger ? as_float(static_cast<Score>(best[r])) - kMagic : __int_as_float(best[r]);
+    for (int r = 0; r < 2; ++r) result[r] = as_value(best[r]);
     if constexpr (!kInteger) {
       // A row without a positive score: rare, unless the mask hides all of its keys.
       if (__any_sync(~0u, best[0] <= 0 || best[1] <= 0)) {

@@ -9,6 +9,10 @@ namespace hopper_fa {
 // is P V, waited for, and QK of the next block, issued.
 enum class PingPong { kNever, kAfterQK, kAfterPV };
 
+// How the output leaves: from registers, or by TMA from its tile's Q stage or from shared memory of its own
+// (8-bit only).
+enum class Store { kPlain, kQStage, kPlace };
+
 struct ForwardTile {
   char const* variant;      // users run "default" and, with 8-bit inputs, fp8, fp8_raw, _flush and _keys
   int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
@@ -26,36 +30,38 @@ struct ForwardTile {
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its
   // columns, and is added to O in FP32. 0: P V accumulates in O itself.
   int pv_parts = 0;
-  bool tma_store = false;  // the output leaves through TMA and the tile's Q stage, or output_place
-  int pv_in_flight = 1;    // 8-bit only: how many of those parts are queued at a time
+  Store store = Store::kPlain;
+  int pv_in_flight = 1;  // 8-bit only: how many of those parts are queued at a time
   int qk_parts = 1;  // 8-bit only: 2: S = Q K^T in halves of the keys, the first's maxima beside the second
   bool key_vectors = false;  // 8-bit only: every key has a scale and a bias of its own
   // 8-bit with overlap only: O is moved to FP32 sums in global memory every few blocks (forward/flush.cuh).
   bool flush = false;
-  bool output_place = false;  // 8-bit only: shared memory that holds nothing but the output
 };
 
 constexpr ForwardTile kForwardTiles[] = {
     // variant, d, M, N, Q stages, K/V stages, regs, ping-pong, overlap, fma_exp2_octets, threshold
-    // and, where they are not 16-bit inputs' and the plain output's: element bytes, PV parts, TMA store,
+    // and, where they are not 16-bit inputs' and the plain output's: element bytes, PV parts, store,
     // parts in flight
-    {"default", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
+    {"default", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, Store::kQStage},
     {"default", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     // 8-bit inputs.
-    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2},
-    {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, false, 2},
-    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
+    {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, Store::kPlace, 1, 2},
+    {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, Store::kPlain, 2},
+    {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, Store::kPlain, 2},
     {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, true, 0, 0.0f, 1},
     // O moves to FP32 sums in global memory; last column: flush.
-    {"fp8_flush", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, true, 1, 1, false,
-     true},
+    {"fp8_flush", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, Store::kQStage, 1, 1,
+     false, true},
     // 8-bit inputs whose keys have a scale and a bias each.
-    {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
-    {"fp8_keys", 128, 128, 128, 2, 10, 40, 232, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, false, 1, 2, true},
-    {"fp8_keys", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2, 1, true},
+    {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, Store::kPlain, 1, 2,
+     true},
+    {"fp8_keys", 128, 128, 128, 2, 10, 40, 232, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, Store::kPlain, 1, 2,
+     true},
+    {"fp8_keys", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, Store::kPlain, 2, 1,
+     true},
     // One switch at a time off, beside the default of the same head dim (experiments/forward_ablation.py).
     {"no_warp_specialisation", 128, 128, 128, 2, 5, 0, 0, PingPong::kAfterPV, true, 0, 8.0f},
     {"no_ping_pong", 128, 128, 128, 2, 5, 24, 240, PingPong::kNever, true, 0, 8.0f},
@@ -69,29 +75,9 @@ constexpr ForwardTile kForwardTiles[] = {
     {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
     {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
-    {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, true},
-    {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, false, 2},
-    // Tried and faster, its tests on a GPU still to come (docs/notes/fp8_log.md).
-    {"fp8_output_place",
-     64,
-     256,
-     128,
-     2,
-     12,
-     32,
-     112,
-     PingPong::kAfterPV,
-     false,
-     0,
-     0.0f,
-     1,
-     1,
-     true,
-     1,
-     2,
-     false,
-     false,
-     true},
+    {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, Store::kQStage},
+    {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, Store::kPlain,
+     2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
 
@@ -143,7 +129,7 @@ constexpr int forward_reference_bytes(ForwardTile const& t) { return t.flush ? t
 
 // 8 bit: bytes of the output's own place.
 constexpr int forward_output_bytes(ForwardTile const& t) {
-  return t.output_place ? t.block_m * t.head_dim * 2 : 0;
+  return t.store == Store::kPlace ? t.block_m * t.head_dim * 2 : 0;
 }
 
 // Bytes of the warpgroups' parts of two tiles.

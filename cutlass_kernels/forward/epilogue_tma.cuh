@@ -68,8 +68,8 @@ __device__ __forceinline__ void store_output_tma(typename Traits::Arguments cons
     if (r < to.exist && lane % 4 == 0) to.lse[8 * r] = lse[r];
 }
 
-// As store_dequantised, by way of `staging`, the tile's Q or output_place: a warp's pieces of 64 columns, 2
-// KB each, take turns in what room there is.
+// As store_dequantised, by way of `staging`, the tile's Q or the output's own place: a warp's pieces of 64
+// columns, 2 KB each, take turns in what room there is.
 template <class Traits, class Out, class Output>
 __device__ __forceinline__ void store_dequantised_tma(typename Traits::Arguments const& args,
                                                       WarpgroupTile const& tile, Output const& output,
@@ -77,7 +77,7 @@ __device__ __forceinline__ void store_dequantised_tma(typename Traits::Arguments
                                                       float const (&affine)[2][Traits::kHeadDim],
                                                       uint8_t* staging, int warpgroup) {
   constexpr int kPieceBytes = 16 * 128,
-                kPlaces = (Traits::kTile.output_place ? 32 : 16) * Traits::kHeadDim / kPieceBytes;
+                kPlaces = (Traits::kTile.store == Store::kPlace ? 32 : 16) * Traits::kHeadDim / kPieceBytes;
   constexpr int kOctets = Traits::kHeadDim / 8;
   unsigned const thread = fresh_thread() % 128;
   int const lane = thread % 32, warp = thread / 32;

@@ -41,7 +41,7 @@ __device__ __forceinline__ void compute_tiles(typename Traits::Arguments const& 
     bool const more = reader.next(tile);
     // NOTE: the last tile's store too must have read shared memory. In every tile, because ptxas keeps the
     // tile in vector registers, and spills, if this stands behind the loop or a branch.
-    if constexpr (Traits::kTile.output_place) tma_store_wait<0>();
+    if constexpr (Traits::kTile.store == Store::kPlace) tma_store_wait<0>();
     if (!more) break;
     start_tile(tile);
     mainloop.run(tile, refill);

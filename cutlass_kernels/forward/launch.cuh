@@ -54,7 +54,7 @@ Status launch_forward(ForwardParams const& p, Device device, cudaStream_t stream
                                  Traits::kSlabColumns, Traits::kBlockN);
     if (status == Status::kOk) status = encode_v_map<Traits>(args.v, p);
   }
-  if constexpr (Traits::kTile.tma_store) {
+  if constexpr (Traits::kTile.store != Store::kPlain) {
     if (status == Status::kOk)
       status = encode_tensor_map(args.out_map, p.out, Traits::kFp8 ? p.fp8.out_dtype : kDType,
                                  {p.head_dim, p.seqlen_q, p.heads_q, p.batch}, 64, 16);

@@ -23,6 +23,7 @@ template <class Traits>
 class Mainloop {
   using Shared = typename Traits::SharedStorage;
   static constexpr ForwardTile kTile = Traits::kTile;
+  static constexpr bool kTmaStore = kTile.store == Store::kQStage;
   static constexpr int kBlockN = Traits::kBlockN;
   using Softmax = OnlineSoftmax<kTile.fma_exp2_octets>;
   using Output = decltype(partition_fragment_C(typename Traits::template MmaPV<0>{},
@@ -40,7 +41,7 @@ class Mainloop {
   Probabilities p_;          // 64 x kBlockN, of the last block whose QK is done
   Softmax softmax_;          // of the tile that p_ belongs to
   WarpgroupTile tile_;       // that tile
-  int q_slot_;               // where its Q was, and its output will be (tma_store)
+  int q_slot_;               // where its Q was, and its output will be (Store::kQStage)
   bool pending_ = false;     // p_ still waits for its V
   bool accumulate_ = false;  // output_ holds something of tile_ already
   bool started_ = false;     // the CTA has read a K block: a V block follows the next one
@@ -132,7 +133,7 @@ class Mainloop {
     if (n > 0) wait_block();
     if constexpr (kPending) release_output();
     // NOTE: through a shuffle; else ptxas computes the descriptors of Q in vector registers, 19 R2UR a turn.
-    if constexpr (kTile.tma_store) q_slot_ = __shfl_sync(~0u, q_slot, 0);
+    if constexpr (kTmaStore) q_slot_ = __shfl_sync(~0u, q_slot, 0);
   }
 
   // The hot loop. On entry the slot at ring_, K of block n, has landed.
@@ -195,7 +196,7 @@ class Mainloop {
   __device__ __forceinline__ void finish_tile() {
     float factor[2], lse[2];
     softmax_.finish(factor, lse);
-    if constexpr (kTile.tma_store)
+    if constexpr (kTmaStore)
       store_output_tma<Traits>(args_, tile_, output_, factor, lse, shared_.q[q_slot_][warpgroup_],
                                warpgroup_);
     else
@@ -289,13 +290,13 @@ class Mainloop {
     FullBarrier::wait(&shared_.q_full[q_ring_.slot][warpgroup_], q_ring_.phase);
   }
   // keep: the tile's output needs the place.
-  __device__ __forceinline__ void release_q(bool keep = kTile.tma_store) {
+  __device__ __forceinline__ void release_q(bool keep = kTmaStore) {
     if (!keep && threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
     q_ring_.advance();
   }
   // Once TMA has read the output of tile_.
   __device__ __forceinline__ void release_output() const {
-    if (kTile.tma_store && threadIdx.x % 32 == 0) {
+    if (kTmaStore && threadIdx.x % 32 == 0) {
       tma_store_wait<0>();
       EmptyBarrier::arrive(&shared_.q_empty[q_slot_][warpgroup_]);
     }

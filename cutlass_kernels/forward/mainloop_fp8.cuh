@@ -41,7 +41,7 @@ class Fp8Mainloop {
   static constexpr int kHalf = kBlockN / kQKParts;
   static constexpr int kInFlight = kTile.pv_in_flight;
   static constexpr bool kKeyVectors = kTile.key_vectors;
-  static constexpr bool kStoreFromQ = kTile.tma_store && !kTile.output_place;
+  static constexpr bool kStoreFromQ = kTile.store == Store::kQStage;
   using Score = typename Traits::Score;
   using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
@@ -151,8 +151,9 @@ class Fp8Mainloop {
       bool const masked = n >= range.unmasked;
       if (masked || args_.negate_scores) prepare_scores(s, best, n, row, masked);
       float alpha[2];
-      softmax_.template step<!kRowSumColumn, !kKeyVectors>(scores_of(s), best, floats_of(s), block_scale,
-                                                           args_.fp8.p_offset, alpha, row_sum_);
+      bool const rescaled = softmax_.template step<!kRowSumColumn, !kKeyVectors>(
+          scores_of(s), best, floats_of(s), block_scale, args_.fp8.p_offset, args_.fp8.rescale_threshold,
+          alpha, row_sum_);
       P p;
       round_probabilities<Traits>(floats_of(s), p);
       // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
@@ -163,7 +164,7 @@ class Fp8Mainloop {
       if constexpr (kTemporary) {
         add_product(p, alpha);
       } else {
-        rescale_output(alpha);
+        if (rescaled) scale_rows(output_, alpha);
         issue_product_into_output(p);
         wait_product<0>(output_);
       }
@@ -207,13 +208,14 @@ class Fp8Mainloop {
       RowSums sums;
       issue_product_into_output(p);
       issue_row_sums(p, sums);
-      follow_scores<kRowSumColumn ? 2 : 1>(s, k_slot, n, range, row, block_scale, alpha);
+      bool const rescaled =
+          follow_scores<kRowSumColumn ? 2 : 1>(s, k_slot, n, range, row, block_scale, alpha);
       // NOTE: P takes the place of the one in use only after the product.
       warpgroup_fence_operand(s);
       finish_products(sums, alpha);
       release_slot(ring_.slot);
       ring_.advance();
-      rescale_output(alpha);
+      if (rescaled) scale_rows(output_, alpha);
       round_probabilities<Traits>(floats_of(s), p);
       flushed.count_block(output_, softmax_.row_max);
     }
@@ -228,9 +230,10 @@ class Fp8Mainloop {
     flushed.finish(output_, softmax_.row_max);
   }
 
-  // Waits for S of block n with kPending later products in flight: P in its place, as floats.
+  // Waits for S of block n with kPending later products in flight: P in its place, as floats. Returns whether
+  // alpha is not 1 in a row of the warp.
   template <int kPending>
-  __device__ __forceinline__ void follow_scores(Scores& s, int k_slot, int n, BlockRange const& range,
+  __device__ __forceinline__ bool follow_scores(Scores& s, int k_slot, int n, BlockRange const& range,
                                                 int row, float block_scale, float (&alpha)[2]) {
     int best[2];
     finish_half<0, kPending>(s, best);
@@ -238,8 +241,9 @@ class Fp8Mainloop {
     if (n == 0) release_q();
     bool const masked = n >= range.unmasked;
     if (masked || args_.negate_scores) prepare_scores(s, best, n, row, masked);
-    softmax_.template step<!kRowSumColumn, true>(scores_of(s), best, floats_of(s), block_scale,
-                                                 args_.fp8.p_offset, alpha, row_sum_);
+    return softmax_.template step<!kRowSumColumn, true>(scores_of(s), best, floats_of(s), block_scale,
+                                                        args_.fp8.p_offset, args_.fp8.rescale_threshold,
+                                                        alpha, row_sum_);
   }
 
   // O += P V of the block in the ring's slot, in the tensor core's accumulator.
@@ -262,9 +266,6 @@ class Fp8Mainloop {
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) row_sum_[r] = (row_sum_[r] + sums(2 * r)) * alpha[r];
     }
-  }
-  __device__ __forceinline__ void rescale_output(float const (&alpha)[2]) {
-    if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) scale_rows(output_, alpha);
   }
 
   // O = O alpha + P V, the product part by part of its columns, kInFlight parts in flight.
@@ -400,7 +401,7 @@ class Fp8Mainloop {
     auto const store = [&](auto element) {
       using Out = decltype(element);
       auto const& affine = shared_.v_affine[slot][warpgroup_];
-      if constexpr (kTile.tma_store)
+      if constexpr (kTile.store != Store::kPlain)
         store_dequantised_tma<Traits, Out>(
             args_, tile, output_, factor, lse, affine,
             kStoreFromQ ? reinterpret_cast<uint8_t*>(shared_.q[q_ring_.slot ^ 1][warpgroup_])

@@ -104,7 +104,7 @@ class TileReader {
   __device__ __forceinline__ bool next(WarpgroupTile& tile) {
     uint32_t const slot = read_ % 2;
     EmptyBarrier::wait(&storage_.full[slot], read_ / 2 % 2);
-    int const word = storage_.words[slot][warpgroup_][threadIdx.x % 8];
+    int const word = storage_.words[slot][warpgroup_][threadIdx.x % TileQueueStorage<kWarpgroups>::kWords];
     __syncwarp();
     if (threadIdx.x % 32 == 0) EmptyBarrier::arrive(&storage_.empty[slot]);
     ++read_;

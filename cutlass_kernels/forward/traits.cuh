@@ -56,7 +56,7 @@ struct ForwardTraits {
   using ElementV = std::conditional_t<kFp8, cutlass::float_e4m3_t, Element>;  // of V and P
   static constexpr ForwardTile kTile = kForwardTiles[kTileIndex];
   using Arguments =
-      std::conditional_t<kTile.tma_store, TmaStoreArguments,
+      std::conditional_t<kTile.store != Store::kPlain, TmaStoreArguments,
                          std::conditional_t<kTile.key_vectors, KeyVectorArguments, ForwardArguments>>;
   static constexpr int kHeadDim = kTile.head_dim;
   static constexpr int kBlockN = kTile.block_n;
@@ -79,8 +79,8 @@ struct ForwardTraits {
   static_assert(128 * (kWarpgroups * kTile.consumer_registers + kTile.producer_registers) <=
                 kThreads * (65536 / kThreads / 8 * 8));
   // The next tile's Q lies beside this one's output.
-  static_assert(!kTile.tma_store || kTile.output_place || (kTile.overlap && kQStages == 2));
-  static_assert(!kTile.output_place || (kFp8 && kTile.tma_store));
+  static_assert(kTile.store != Store::kQStage || (kTile.overlap && kQStages == 2));
+  static_assert(kTile.store != Store::kPlace || kFp8);
 
   // TMA boxes of Q and K: slabs of at most 128 bytes a row.
   static constexpr int kSlabColumns = kHeadDim * sizeof(Element) < 128 ? kHeadDim : 128 / sizeof(Element);
@@ -142,7 +142,7 @@ struct ForwardTraits {
   struct SharedStorage {
     alignas(1024) Element q[kQStages][kWarpgroups][64 * kHeadDim];
     alignas(1024) uint8_t kv[kStages][forward_slot_bytes(kTile)];
-    alignas(1024) uint8_t output[kTile.output_place ? kWarpgroups : 0][64 * kHeadDim * 2];
+    alignas(1024) uint8_t output[kTile.store == Store::kPlace ? kWarpgroups : 0][64 * kHeadDim * 2];
     // 8 bit: v_scale and v_mean of a tile's head, for each warpgroup.
     // NOTE: one slot more than Q has, because most kernels release Q before the epilogue reads them.
     alignas(16) float v_affine[kFp8 ? kQStages + 1 : 1][kFp8 ? kWarpgroups : 1][2][kFp8 ? kHeadDim : 2];

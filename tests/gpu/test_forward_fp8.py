@@ -177,6 +177,41 @@ def test_flushes(recipe: str, interval: int, sizes: tuple, causal: bool, seed: i
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+# (p_offset, rescale_threshold): at every growth; as the presets; hardly ever.
+RANGES = [(8.0, 0.0), (8.0, 0.8), (6.0, 2.8), (0.0, 8.8)]
+
+
+@both_masks
+@every_instance
+@pytest.mark.parametrize("growth", [0.05, 2.0, 40.0], ids=str)
+@pytest.mark.parametrize("p_range", RANGES, ids=str)
+@pytest.mark.parametrize("recipe", ["default", "e4m3", "every_block", "fa3", "causal_safe", "smooth_q"])
+def test_maxima_that_outgrow_a_threshold(
+    recipe: str, p_range: tuple[float, float], growth: float, head_dim: int, causal: bool, seed: int
+) -> None:
+    """Maxima that grow from block to block, by less and by more than the threshold."""
+    case = Case(1, 4, 2, 300, 1100, head_dim, causal)
+    q, k, v = case.qkv(torch.bfloat16, seed, "cuda")
+    # Keys are walked from the last to the first. The row that grows most does so by 2 to 3 times `growth`.
+    k *= torch.linspace(1 + growth, 1, case.seqlen_k, device="cuda")[:, None, None]
+    truth, _ = attention_reference(q, k, v, None, causal)
+    recipe = replace(RECIPES[recipe], p_offset=p_range[0], rescale_threshold=p_range[1])
+    assert_agrees(quantize_qkv(q, k, v, recipe), truth, None, causal)
+
+
+@every_instance
+@pytest.mark.parametrize("dtype", ["e4m3", "int8"])
+def test_a_row_rescales_by_itself(dtype: str, head_dim: int, seed: int) -> None:
+    """A warp votes on whether to look at maxima, and what the other rows are changes no bit of a row."""
+    q, k, v = Case(1, 2, 2, 64, 1500, head_dim).qkv(torch.bfloat16, seed, "cuda")
+    recipe = replace(RECIPES["plain"], qk_dtype=dtype, p_offset=6.0, rescale_threshold=2.8)
+    other = torch.randn_like(q) * 4
+    other[:, ::7] = q[:, ::7]
+    outs = [run_poisoned(quantize_qkv(x, k, v, recipe), None, False) for x in (q, other)]
+    assert torch.equal(outs[0][0][:, ::7], outs[1][0][:, ::7])
+    assert torch.equal(outs[0][1][..., ::7], outs[1][1][..., ::7])
+
+
 @every_instance
 @pytest.mark.parametrize("position", [1, 77, 384])
 def test_causal_safe_hides_every_later_token(position: int, head_dim: int, seed: int) -> None:

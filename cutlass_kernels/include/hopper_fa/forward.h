@@ -25,10 +25,11 @@ struct Fp8Params {
   ScaleRef
       k_scale;  // groups of the tile's block_n keys, which share a scale or, by key_vectors, have one each
   int q_group_rows;
-  float const* v_scale;    // (batch, heads_kv, head_dim), contiguous, 16-byte aligned
-  float const* v_mean;     // the same: added to the output
-  float const* lse_shift;  // (batch, heads_q, seqlen_q), or null: what smoothing K took out of every score
-  float p_offset;          // P = exp2(score - maximum + p_offset)
+  float const* v_scale;     // (batch, heads_kv, head_dim), contiguous, 16-byte aligned
+  float const* v_mean;      // the same: added to the output
+  float const* lse_shift;   // (batch, heads_q, seqlen_q), or null: what smoothing K took out of every score
+  float p_offset;           // P = exp2(score - maximum + p_offset)
+  float rescale_threshold;  // log2 growth of the maximum that the output is not yet rescaled for
   // Tiles that flush: blocks of keys whose P V is one sum of the tensor core (forward/flush.cuh), and
   // scratch, forward_flush_floats for every multiprocessor, 16-byte aligned.
   int flush_interval;
