@@ -217,7 +217,7 @@ def e4(sizes: Sizes) -> Iterator[Row]:
                             )
 
 
-P_RANGES = ((0, 0), (4, 0), (4, 4), (6, 0), (6, 2), (8, 0), (8.807, 0))  # (p_offset, rescale_threshold)
+P_RANGES = ((0, 0), (4, 0), (4, 4), (6, 0), (6, 2.8), (8, 0), (8.807, 0))  # (p_offset, rescale_threshold)
 
 
 def e5(sizes: Sizes) -> Iterator[Row]:
