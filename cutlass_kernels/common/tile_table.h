@@ -25,7 +25,7 @@ struct ForwardTile {
   PingPong ping_pong;       // when a warpgroup's turn on the tensor cores ends
   bool overlap;             // QK of the next block is issued before PV of this one
   int fma_exp2_octets;      // of every 8 column octets, how many compute exp2 on the FP32 pipe
-  float rescale_threshold;  // log2 growth of the row maximum that O is not yet rescaled for
+  float rescale_threshold;  // 16-bit only: log2 growth of the row maximum that O is not yet rescaled for
   int element_bytes = 2;    // of Q, K and V
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its
   // columns, and is added to O in FP32. 0: P V accumulates in O itself.

@@ -10,7 +10,7 @@
 //
 //   turn of block n:   S = Q K^T of block n - 1, O += P V of block n      (tensor cores)
 //                      P' = softmax(S)
-//                      O = O alpha if a maximum grew; every few blocks O moves to FP32 sums (flush.cuh)
+//                      O = O alpha where a maximum outgrew; every few blocks O moves to FP32 sums (flush.cuh)
 //
 // Tiles with key_vectors take S to S k_scale q_scale + key_bias in FP32 first, with a scale and a bias a key.
 //
