@@ -47,7 +47,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {"default", 256, 128, 64, 1, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     // 8-bit inputs.
     {"fp8", 64, 256, 128, 2, 12, 32, 112, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, Store::kPlace, 1, 2},
-    {"fp8", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, Store::kPlain, 2},
+    {"fp8", 128, 192, 128, 2, 6, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 4, Store::kPlace, 2},
     {"fp8", 256, 128, 128, 1, 5, 24, 240, PingPong::kNever, false, 0, 0.0f, 1, 4, Store::kPlain, 2},
     {"fp8_raw", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
     {"fp8_raw", 128, 192, 128, 2, 9, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1},
@@ -76,7 +76,7 @@ constexpr ForwardTile kForwardTiles[] = {
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
     {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},
     {"tma_store", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 8.0f, 2, 0, Store::kQStage},
-    {"fp8_no_ping_pong", 128, 192, 128, 2, 9, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, Store::kPlain,
+    {"fp8_no_ping_pong", 128, 192, 128, 2, 6, 32, 160, PingPong::kNever, false, 0, 0.0f, 1, 4, Store::kPlace,
      2},
 };
 constexpr int kNumForwardTiles = sizeof(kForwardTiles) / sizeof(kForwardTiles[0]);
