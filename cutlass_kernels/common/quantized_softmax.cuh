@@ -62,7 +62,7 @@ struct QuantizedSoftmax {
   // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out, without row_scale if not kRowScale
   // (block_scale is positive then). row_max follows the rows' maxima once they outgrow it by more than
   // `threshold`, so P never exceeds 2^(p_offset + threshold). The output so far must be multiplied by alpha
-  // before this P's product is added; returns whether a row of the warp has another than 1.
+  // before this P's product is added; false: it is 1 in all rows of the warp.
   // row_sum: if kSum, what the unrounded P of this thread's columns add up to.
   template <bool kSum, bool kRowScale, class Scores, class Probabilities>
   __device__ __forceinline__ bool step(Scores const& s, int (&best)[2], Probabilities&& p, float block_scale,

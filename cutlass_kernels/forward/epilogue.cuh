@@ -79,6 +79,17 @@ __device__ __forceinline__ float2 load_shared_pair(uint32_t address) {
   return pair;
 }
 
+// V's scales and means in a thread's columns of kCount octets. columns: address of its first two scales.
+template <int kHeadDim, int kCount>
+__device__ __forceinline__ void load_affine(uint32_t columns, int octet, float2 (&scale)[kCount],
+                                            float2 (&mean)[kCount]) {
+  CUTE_UNROLL
+  for (int j = 0; j < kCount; ++j) {
+    scale[j] = load_shared_pair(columns + 32 * (octet + j));
+    mean[j] = load_shared_pair(columns + 32 * (octet + j) + 4 * kHeadDim);
+  }
+}
+
 // As store_output, for 8-bit inputs: out = output * factor * affine[0] + affine[1], which takes a column back
 // to what V was before quantisation.
 template <class Traits, class Out, class Output>
@@ -91,13 +102,7 @@ __device__ __forceinline__ void store_dequantised(ForwardArguments const& args, 
   int const lane = threadIdx.x % 4;
   uint32_t const columns = cast_smem_ptr_to_uint(&affine[0][0]) + 8 * lane;
   float2 scale[4], mean[4];
-  auto const load = [&](int octet) {
-    CUTE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      scale[j] = load_shared_pair(columns + 32 * (octet + j));
-      mean[j] = load_shared_pair(columns + 32 * (octet + j) + 4 * Traits::kHeadDim);
-    }
-  };
+  auto const load = [&](int octet) { load_affine<Traits::kHeadDim>(columns, octet, scale, mean); };
   // NOTE: where registers allow it, the next columns' scales before the exchanges, whose latency hides
   // theirs, and both rows' exchanges at once: at d256 and 512 keys a quarter of a tile's time is spent here.
   constexpr int kRows = Traits::kHeadDim == 256 && Traits::kTile.pv_parts > 0 ? 1 : 2;

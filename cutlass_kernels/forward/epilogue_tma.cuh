@@ -85,15 +85,11 @@ __device__ __forceinline__ void store_dequantised_tma(typename Traits::Arguments
   LseShift const shift(args, rows);
   uint32_t const columns = cast_smem_ptr_to_uint(&affine[0][0]) + 8 * (lane % 4);
   float2 scale[2], mean[2];
-  auto const load = [&](int octet) {
-    CUTE_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      scale[j] = load_shared_pair(columns + 32 * (octet + j));
-      mean[j] = load_shared_pair(columns + 32 * (octet + j) + 4 * Traits::kHeadDim);
-    }
-  };
+  auto const load = [&](int octet) { load_affine<Traits::kHeadDim>(columns, octet, scale, mean); };
   load(0);
   bool const empty[2] = {lse[0] == -INFINITY, lse[1] == -INFINITY};
+  // NOTE: the output's own place does not need it, as every warp has its part there and TMA is done with
+  // that; but without it 124 bytes spill at d64.
   wait_staging(warpgroup);
   CUTE_UNROLL
   for (int piece = 0; piece < kOctets / 8; ++piece) {

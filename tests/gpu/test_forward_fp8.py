@@ -177,7 +177,7 @@ def test_flushes(recipe: str, interval: int, sizes: tuple, causal: bool, seed: i
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-# (p_offset, rescale_threshold): at every growth; as the presets; hardly ever.
+# (p_offset, rescale_threshold): at every growth; in what room offset 8 leaves; as the presets; hardly ever.
 RANGES = [(8.0, 0.0), (8.0, 0.8), (6.0, 2.8), (0.0, 8.8)]
 
 
@@ -195,8 +195,9 @@ def test_maxima_that_outgrow_a_threshold(
     # Keys are walked from the last to the first. The row that grows most does so by 2 to 3 times `growth`.
     k *= torch.linspace(1 + growth, 1, case.seqlen_k, device="cuda")[:, None, None]
     truth, _ = attention_reference(q, k, v, None, causal)
-    recipe = replace(RECIPES[recipe], p_offset=p_range[0], rescale_threshold=p_range[1])
-    assert_agrees(quantize_qkv(q, k, v, recipe), truth, None, causal)
+    offset, threshold = p_range
+    ranged = replace(RECIPES[recipe], p_offset=offset, rescale_threshold=threshold)
+    assert_agrees(quantize_qkv(q, k, v, ranged), truth, None, causal)
 
 
 @every_instance
