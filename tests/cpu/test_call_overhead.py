@@ -8,21 +8,33 @@ import torch
 
 from hopper_fa import backend, flash_attn_func, kernels
 
-MICROSECONDS_ALLOWED = 25.0
-# Forward and backward in units of torch.neg with its gradient, 24 us where this takes 80: autograd's own time
-# is most of both, on slow machines too.
-TRAINING_COST_ALLOWED = 4.5
+# In units of torch.neg with its gradient, which takes 27 us where a call takes 11 and one with its gradients
+# 91. Twice that is allowed: the ratio moves with what else the machine does.
+CALL_COST_ALLOWED = 1.0
+TRAINING_COST_ALLOWED = 8.0
 
 
-def microseconds_a_call(call: Callable[[], object], calls: int = 50, repeats: int = 100) -> float:
-    """CPU time of this thread, the best of many short means: the machine's other work is not the call's."""
-    best = float("inf")
+def cost_of(call: Callable[[], object], calls: int = 50, repeats: int = 100) -> float:
+    """CPU time of a call in units of torch.neg with its gradient.
+
+    Both in this thread's own time, in turns, the best of many short means: the machine's other work is not
+    the call's.
+    """
+    x = torch.randn(2, 128, 4, 64, dtype=torch.bfloat16).requires_grad_()
+    dx = torch.randn_like(x)
+
+    def unit() -> None:
+        torch.autograd.grad(torch.neg(x), (x,), dx)
+
+    best = {unit: float("inf"), call: float("inf")}
     for _ in range(repeats):
-        start = time.thread_time()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.thread_time() - start) / calls)
-    return best * 1e6
+        for timed in best:
+            start = time.thread_time()
+            for _ in range(calls):
+                timed()
+            best[timed] = min(best[timed], (time.thread_time() - start) / calls)
+    print(f"{best[call] * 1e6:.1f} us a call, torch.neg with its gradient {best[unit] * 1e6:.1f} us")
+    return best[call] / best[unit]
 
 
 @pytest.fixture
@@ -55,9 +67,7 @@ def test_eager_call(launches: list[tuple]) -> None:
     assert arguments[14:19] == (out.data_ptr(), *out.stride()[:3], lse.data_ptr())
     assert arguments[20:] == (2, 128, 128, 4, 2, 64, 0.25, True, 7)
 
-    cost = microseconds_a_call(lambda: flash_attn_func(q, k, v, causal=True))
-    print(f"{cost:.1f} us a call")
-    assert cost <= MICROSECONDS_ALLOWED
+    assert cost_of(lambda: flash_attn_func(q, k, v, causal=True)) <= CALL_COST_ALLOWED
 
 
 def test_training_call(launches: list[tuple]) -> None:
@@ -74,10 +84,7 @@ def test_training_call(launches: list[tuple]) -> None:
     def train() -> None:
         torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), dout)
 
-    base = microseconds_a_call(lambda: torch.autograd.grad(torch.neg(q), (q,), dout))
-    cost = microseconds_a_call(train)
-    print(f"{cost:.1f} us forward and backward, of torch.neg {base:.1f} us")
-    assert cost <= TRAINING_COST_ALLOWED * base
+    assert cost_of(train) <= TRAINING_COST_ALLOWED
 
 
 def test_empty_queries_launch_nothing(launches: list[tuple]) -> None:
