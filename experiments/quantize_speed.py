@@ -3,7 +3,7 @@
     python experiments/quantize_speed.py
 
 Inputs of self-attention over 16k tokens and 2048 channels, normal random. `bytes` is what a kernel must move:
-every input and output once, and an input that it reads in two passes twice; `bandwidth_tb_s` is bytes over
+every input and output once, of an input that it reads in two passes both; `bandwidth_tb_s` is bytes over
 time, and `of_copy` the time of a copy of as many bytes, half of them read and half written, over the
 kernel's. Kernels and copies are captured in CUDA graphs and interleaved. L2 holds most of a tensor: above 1,
 `of_copy` says that a kernel found there what an earlier one had read.
@@ -38,8 +38,10 @@ def subjects(shape: Shape, seed: int) -> dict[str, Subject]:
     q, k, v = shape.inputs(seed)
     heads = shape.heads * shape.batch
     default, fa3 = Fp8Recipe.default(), Fp8Recipe.fa3()
-    k_mean, _ = quantize_kernels.token_stats(k)
-    v_mean, v_amax = quantize_kernels.token_stats(v, granularity="channel")
+    every = replace(default, stats_stride=1)
+    stride = default.stats_stride
+    k_mean = quantize_kernels.token_stats(k, stride).mean
+    v_stats = quantize_kernels.v_stats(v, default)
     e4m3 = v.to(torch.float8_e4m3fn)
     read, codes = q.nbytes, q.nbytes // 2  # of one tensor in 16 and in 8 bits
     v_codes = codes * (shape.head_dim + 8) // shape.head_dim
@@ -54,22 +56,30 @@ def subjects(shape: Shape, seed: int) -> dict[str, Subject]:
     plain = replace(default, rotation="none")
     uncompensated = replace(default, compensate_v=False)
     return {
-        "mean of K": Subject(lambda: quantize_kernels.token_stats(k), read + 2 * channel),
+        "mean of K, every token": Subject(lambda: quantize_kernels.token_stats(k), read + 2 * channel),
+        "mean of K": Subject(lambda: quantize_kernels.token_stats(k, stride), (read + 2 * channel) // stride),
+        "mean and maxima of V, every token": Subject(
+            lambda: quantize_kernels.v_stats(v, every), read + 6 * channel
+        ),
         "mean and maxima of V": Subject(
-            lambda: quantize_kernels.token_stats(v, granularity="channel"), read + 6 * channel
+            lambda: quantize_kernels.v_stats(v, default), (read + 6 * channel) // stride
         ),
         "Q, block scales": Subject(rows(q, default, True), read + codes + scores),
         "Q, token scales": Subject(rows(q, Fp8Recipe.accurate(), True), read + codes + 2 * scores),
         "K, block scales": Subject(rows(k, default, False), read + codes),
         "K, block scales, no rotation": Subject(rows(k, plain, False), read + codes),
         "K, e4m3, head scales, no rotation": Subject(rows(k, fa3, False), 2 * read + codes),
-        "V": Subject(lambda: quantize_kernels.quantize_v(v, uncompensated, v_mean, v_amax), read + v_codes),
+        "V": Subject(lambda: quantize_kernels.quantize_v(v, uncompensated, v_stats), read + v_codes),
         "V, compensated": Subject(
-            lambda: quantize_kernels.quantize_v(v, default, v_mean, v_amax), read + v_codes + 2 * channel
+            lambda: quantize_kernels.quantize_v(v, default, v_stats), read + v_codes + 2 * channel
         ),
         "V, e4m3 already": Subject(lambda: quantize_kernels.transpose_v(e4m3), codes + v_codes),
         "preset default": Subject(
-            lambda: quantize_kernels.quantize_qkv(q, k, v, default), 5 * read + 2 * codes + v_codes
+            lambda: quantize_kernels.quantize_qkv(q, k, v, default),
+            3 * read + 2 * read // stride + 2 * codes + v_codes,
+        ),
+        "preset default, every token": Subject(
+            lambda: quantize_kernels.quantize_qkv(q, k, v, every), 5 * read + 2 * codes + v_codes
         ),
         "preset causal_safe": Subject(
             lambda: quantize_kernels.quantize_qkv(q, k, v, Fp8Recipe.causal_safe()),

@@ -1,7 +1,7 @@
 """From Q, K and V to 8-bit tensors and their scales: smoothing, rotation, rounding, V's layout.
 
 All arithmetic is float32 in a fixed order of operations, so that a kernel can reproduce every bit; where a
-tensor core adds in the kernel, `_mix_sixteens` and `_code_mean` add as it does. What a recipe asks for is in
+tensor core adds in the kernel, `_mix_sixteens` and `_mean_error` add as it does. What a recipe asks for is in
 hopper_fa/recipe.py.
 """
 
@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
+from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, STATS_TOKENS, Fp8Recipe
 from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes
 
 PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
@@ -24,6 +24,10 @@ _SIXTEEN = 16  # columns that the rotation's first step mixes
 _KEPT_BITS = 25  # below the exponent of the largest of 16 terms, in that step
 # Below it a group is all zeros to us: it stays clear of denormal scales and of an infinite inverse.
 _SMALLEST_AMAX = 2.0**-100
+# Where V's maxima are a sample's, its largest code is E4M3_MAX / _HEADROOM: what the sample left out may be
+# so much larger. That costs denormal codes below 1/896 of the sample's maximum, and nothing else.
+_HEADROOM = 32
+_SATURATES = 432.0  # what rounds to 448
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class QuantizedQKV:
         q_scale: (batch, heads_q, q_groups) float32; row r of Q is q * q_scale[..., r // q_group_rows].
         k_scale: (batch, heads_kv, k_groups) float32, the same for keys and k_group_rows.
         v_scale: (batch, heads_kv, head_dim) float32, multiplies V and so the output.
-        v_mean: as v_scale, to be added to the output: V's mean (smooth_v), or that of what rounding took from
-            V and its mean (compensate_v), or both; None without both.
+        v_mean: as v_scale, to be added to the output: what smooth_v took from V, or the mean of what rounding
+            took from it (compensate_v), or their sum; None without both.
         lse_shift: (batch, heads_q, seqlen_q) float32, q . mean(k): what smooth_k took out of every score of
             a row, before softmax_scale; None without smooth_k.
         key_bias: (batch, heads_q, seqlen_k) float32, mean(q) . (k - mean(k)): what smooth_q took out of the
@@ -150,15 +154,15 @@ def quantize_qkv(
 
     lse_shift = key_bias = q_mean = k_mean = v_mean = signs = None
     if recipe.smooth_k:
-        k_mean = _token_mean(k32)[:, :, None]
+        k_mean = _sampled_mean(k32, recipe.stats_stride)[:, :, None]
         lse_shift = _dot(q32, k_mean.repeat_interleave(group, 1))
     if recipe.smooth_q:
-        q_mean = _token_mean(q32)[:, :, None]
+        q_mean = _sampled_mean(q32, recipe.stats_stride)[:, :, None]
         smoothed = k32 if k_mean is None else k32 - k_mean
         key_bias = _dot(smoothed.repeat_interleave(group, 1), q_mean)
-    if recipe.smooth_v or recipe.compensate_v:
-        v_mean = _token_mean(v32)
+    v_stride = v_stats_stride(recipe)
     if recipe.smooth_v:
+        v_mean = _sampled_mean(v32, v_stride)
         v32 = v32 - v_mean[:, :, None]
     if recipe.rotation == "hadamard":
         signs = rotation_signs(head_dim, recipe.rotation_seed).to(q.device)
@@ -167,10 +171,12 @@ def quantize_qkv(
     q_rows, k_rows = smooth_and_rotate(q32, q_mean, signs), smooth_and_rotate(k32, k_mean, signs)
     q_codes, q_scale = _quantize_rows(*q_rows, recipe.q_granularity, Q_BLOCK, limit, group)
     k_codes, k_scale = _quantize_rows(*k_rows, recipe.k_granularity, K_BLOCK, limit)
-    v_scale, v_inverse = _v_scale(v32, recipe.v_granularity)
-    v_codes = _to_e4m3(v32 * v_inverse[:, :, None])
+    v_scale, v_inverse = _v_scale(v32, recipe.v_granularity, v_stride)
+    v_scaled = v32 * v_inverse[:, :, None]
+    v_codes = _to_e4m3(v_scaled)
     if recipe.compensate_v:
-        v_mean = v_mean - v_scale * _code_mean(v_codes)
+        error = v_scale * _mean_error(v_scaled, v_codes)
+        v_mean = error if v_mean is None else v_mean + error
     return QuantizedQKV(
         q=_pad_channels(q_codes.transpose(1, 2)),
         k=_pad_channels(k_codes.transpose(1, 2)),
@@ -214,7 +220,7 @@ def from_fp8(
     fa3 = Fp8Recipe.fa3()
     recipe = fa3 if recipe is None else recipe
     fixed = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
-    fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v")
+    fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "stats_stride")
     for name in fixed:
         if getattr(recipe, name) != getattr(fa3, name):
             raise ValueError(
@@ -248,6 +254,30 @@ def from_fp8(
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
     )
+
+
+def stats_shift(seqlen: int, stride: int) -> int:
+    """log2 of the tokens of which statistics take one: `stride`, or what leaves STATS_TOKENS of them."""
+    shift = stride.bit_length() - 1
+    while shift and seqlen >> shift < STATS_TOKENS:
+        shift -= 1
+    return shift
+
+
+def sampled_tokens(seqlen: int, stride: int) -> torch.Tensor:
+    """Indices of the tokens that statistics are taken over: int64, ascending; all of them if stride is 1.
+
+    One in each whole group of 2**stats_shift neighbours, by a multiplicative hash of the group's number, so
+    that no period of the tokens (a rotary embedding's, a pattern's) meets one of the sample.
+    """
+    shift = stats_shift(seqlen, stride)
+    group = torch.arange(seqlen >> shift)
+    return (group << shift) + (group * 0x9E3779B1 % 2**32 >> 32 - shift)
+
+
+def v_stats_stride(recipe: Fp8Recipe) -> int:
+    """stats_stride as it is for V: only the maxima of a channel may be a sample's."""
+    return 1 if recipe.v_granularity in ("tensor", "head") else recipe.stats_stride
 
 
 def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
@@ -337,17 +367,36 @@ def _token_mean(x: torch.Tensor) -> torch.Tensor:
     return total / torch.full_like(total, max(1, seqlen))
 
 
-def _code_mean(codes: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of e4m3 codes (batch, heads, seqlen, head_dim): (batch, heads, head_dim) float32.
+def _sampled_mean(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """`_token_mean` of the tokens that `sampled_tokens` names."""
+    return _token_mean(x[:, :, sampled_tokens(x.shape[2], stride).to(x.device)])
 
-    NaN counts as 0. Of a chunk of 128 tokens, the sums over the even and over the odd groups of 16 are exact,
-    as multiples of 2^-9 up to 448 * 64; they are added, then come `_tree_sum` of the chunks and the division.
+
+def _mean_error(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of x (batch, heads, seqlen, head_dim) less its e4m3 codes: (batch, heads, head_dim).
+
+    What is not finite counts as 0 in both. Of a chunk of 128 tokens, the sums of codes over the even and over
+    the odd groups of 16 are exact, as multiples of 2^-9 up to 448 * 64; the two are added. x is added in the
+    order in which a thread has it: thread t of 4 holds tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of every 16, and
+    adds them one after the other; then come the sums of threads t and t ^ 1, and of t and t ^ 2. Last the
+    difference, `_tree_sum` of the chunks and the division.
     """
     seqlen = codes.shape[2]
     padding = (0, 0, 0, max(1, -(-seqlen // _CHUNK)) * _CHUNK - seqlen)
-    values = torch.nn.functional.pad(codes.float().nan_to_num_(0.0), padding)
-    sums = values.unflatten(2, (-1, 4, 2, 16)).sum((3, 5), dtype=torch.float64).float()
-    total = _tree_sum(sums[:, :, :, 0] + sums[:, :, :, 1], 2)
+    finite = x.isfinite()
+    values = torch.nn.functional.pad(torch.where(finite, codes.float(), 0.0), padding)
+    of_codes = values.unflatten(2, (-1, 4, 2, 16)).sum((3, 5), dtype=torch.float64).float()
+    of_codes = of_codes[:, :, :, 0] + of_codes[:, :, :, 1]
+    x = torch.nn.functional.pad(torch.where(finite, x, 0.0), padding)
+    x = x.unflatten(2, (-1, 8, 2, 4, 2))  # chunk, group of 16, h, t, i
+    sums = torch.zeros_like(x[:, :, :, 0, 0, :, 0])  # (batch, heads, chunks, t, head_dim)
+    for group in range(8):
+        for h in range(2):
+            for i in range(2):
+                sums = sums + x[:, :, :, group, h, :, i]
+    sums = sums[:, :, :, 0::2] + sums[:, :, :, 1::2]
+    sums = sums[:, :, :, 0] + sums[:, :, :, 1]
+    total = _tree_sum(sums - of_codes, 2)
     return total / torch.full_like(total, max(1, seqlen))
 
 
@@ -408,19 +457,26 @@ def _quantize_rows(
     return codes.to(torch.int8), scale.masked_fill(broken, float("nan"))
 
 
-def _v_scale(v: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _v_scale(v: torch.Tensor, granularity: str, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and inverse of v (batch, heads, seqlen, head_dim), both (batch, heads, head_dim)."""
     batch, heads, seqlen, head_dim = v.shape
     amax = v.new_zeros(batch, heads, head_dim)
     if granularity == "none":
         return torch.ones_like(amax), torch.ones_like(amax)
+    sizes = torch.where(v.isfinite(), v.abs(), 0.0)
     if seqlen:
-        amax = torch.where(v.isfinite(), v.abs(), 0.0).amax(2)
+        amax = sizes.amax(2)
     if granularity == "head":
         amax = amax.amax(-1, keepdim=True).expand(amax.shape)
     elif granularity == "tensor" and amax.numel():
         amax = amax.amax().expand(amax.shape)
-    return _scale_of(amax, E4M3_MAX)
+    scale, inverse = _scale_of(amax, E4M3_MAX)
+    if stats_shift(seqlen, stride) == 0:
+        return scale, inverse
+    of_sample = sizes[:, :, sampled_tokens(seqlen, stride).to(v.device)].amax(2)
+    sample = _scale_of(of_sample.clamp(min=_SMALLEST_AMAX), E4M3_MAX / _HEADROOM)
+    outgrown = amax * sample[1] >= _SATURATES
+    return torch.where(outgrown, scale, sample[0]), torch.where(outgrown, inverse, sample[1])
 
 
 def _scale_of(amax: torch.Tensor, limit: float, norm: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,19 @@
 Those two are float32 sums over head_dim in another order.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hopper_fa.kernels import _C, DTYPE_NAMES, STATUS_SENTENCES
-from hopper_fa.quantization import ONES_ROWS, PITCH, QuantizedQKV, rotation_signs
+from hopper_fa.quantization import (
+    ONES_ROWS,
+    PITCH,
+    QuantizedQKV,
+    rotation_signs,
+    stats_shift,
+    v_stats_stride,
+)
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
 
 # Input types ("bf16", "fp16", "e4m3") that this build holds kernels for.
@@ -36,17 +43,12 @@ def quantize_qkv(
     seqlen_k, heads_kv = k.shape[1:3]
     group = heads_q // heads_kv
 
-    q_mean = token_stats(q)[0] if recipe.smooth_q else None
-    k_mean = token_stats(k)[0] if recipe.smooth_k else None
+    q_mean = token_stats(q, recipe.stats_stride).mean if recipe.smooth_q else None
+    k_mean = token_stats(k, recipe.stats_stride).mean if recipe.smooth_k else None
     # K first: its statistics have just read it, and L2 still holds half of it.
     k_codes, k_scale, key_bias = quantize_rows(k, recipe, k_mean, q_mean, group, queries=False)
     q_codes, q_scale, lse_shift = quantize_rows(q, recipe, q_mean, k_mean, group, queries=True)
-    v_mean, v_amax = None, None
-    with_mean = recipe.smooth_v or recipe.compensate_v
-    if with_mean or recipe.v_granularity != "none":
-        granularity = None if recipe.v_granularity == "none" else recipe.v_granularity
-        v_mean, v_amax = token_stats(v, with_mean, recipe.smooth_v, granularity)
-    v_codes, v_scale = quantize_v(v, recipe, v_mean, v_amax)
+    v_codes, v_scale, v_mean = quantize_v(v, recipe, v_stats(v, recipe))
     return QuantizedQKV(
         q=q_codes,
         k=k_codes,
@@ -64,32 +66,60 @@ def quantize_qkv(
     )
 
 
+class TokenStats(NamedTuple):
+    """What `token_stats` returns; None for what was not asked for.
+
+    Attributes:
+        mean: (batch, heads, head_dim) float32.
+        amax: the largest finite |x - mean| (of |x| without smooth) as float32 bits in int32: (1,),
+            (batch, heads) or (batch, heads, head_dim).
+        outgrown: (batch, heads, slices of _C.V_SLICE channels) int32 zeros, where amax is a sample's:
+            `quantize_v` notes there which slices hold something larger than amax allows for.
+    """
+
+    mean: torch.Tensor | None = None
+    amax: torch.Tensor | None = None
+    outgrown: torch.Tensor | None = None
+
+
 def token_stats(
-    x: torch.Tensor, mean: bool = True, smooth: bool = True, granularity: str | None = None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    x: torch.Tensor, stride: int = 1, mean: bool = True, smooth: bool = True, granularity: str | None = None
+) -> TokenStats:
     """Statistics over the tokens of x (batch, seqlen, heads, head_dim), bfloat16 or float16.
 
     Args:
+        stride: one token in so many is looked at, see `quantization.sampled_tokens`.
         mean: whether it is wanted.
         smooth: whether it is going to be subtracted from x; asks for mean.
         granularity: "tensor", "head", "channel": whose maxima are wanted; None: none.
-
-    Returns:
-        mean (batch, heads, head_dim) float32, and the largest finite |x - mean| (of |x| without smooth) as
-        float32 bits in int32: (1,), (batch, heads) or (batch, heads, head_dim). None for what was not asked
-        for.
     """
     batch, seqlen, heads, head_dim = x.shape
-    floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, granularity is not None)
+    shift = stats_shift(seqlen, stride)
+    floats = _C.token_stats_workspace(batch, seqlen >> shift, heads, head_dim, granularity is not None)
     workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
     of_x = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=x.device) if mean else None
-    amax = None
+    amax = outgrown = None
     if granularity is not None:
         shape = {"tensor": (1,), "head": (batch, heads)}.get(granularity, (batch, heads, head_dim))
         amax = torch.empty(shape, dtype=torch.int32, device=x.device)
-    code = _C.GRANULARITIES[granularity or "none"]
-    _run(_C.token_stats, x, _pointer(workspace), _pointer(of_x), mean and smooth, _pointer(amax), code)
-    return of_x, amax
+        if shift:
+            slices = -(-head_dim // _C.V_SLICE)
+            outgrown = torch.empty(batch, heads, slices, dtype=torch.int32, device=x.device)
+    # fmt: off
+    _run(
+        _C.token_stats, x, stride.bit_length() - 1, _pointer(workspace), _pointer(of_x), mean and smooth,
+        _pointer(amax), _C.GRANULARITIES[granularity or "none"], _pointer(outgrown),
+    )
+    # fmt: on
+    return TokenStats(of_x, amax, outgrown)
+
+
+def v_stats(v: torch.Tensor, recipe: Fp8Recipe) -> TokenStats:
+    """The statistics of V that `quantize_v` needs by `recipe`."""
+    if not recipe.smooth_v and recipe.v_granularity == "none":
+        return TokenStats()
+    granularity = None if recipe.v_granularity == "none" else recipe.v_granularity
+    return token_stats(v, v_stats_stride(recipe), recipe.smooth_v, recipe.smooth_v, granularity)
 
 
 def quantize_rows(
@@ -139,36 +169,37 @@ def quantize_rows(
 
 
 def quantize_v(
-    v: torch.Tensor, recipe: Fp8Recipe, mean: torch.Tensor | None, amax: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """V in e4m3 in the layout of `QuantizedQKV.v`, and v_scale (batch, heads, head_dim).
+    v: torch.Tensor, recipe: Fp8Recipe, stats: TokenStats
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """V in e4m3 in the layout of `QuantizedQKV.v`; v_scale and v_mean, (batch, heads, head_dim).
 
     Args:
         v: (batch, seqlen, heads, head_dim), bfloat16 or float16.
-        mean, amax: of `token_stats`; None without smoothing and compensation, and for granularity "none". The
-            mean becomes v_mean in its place.
+        stats: of `v_stats`. Its mean becomes v_mean in its place, its outgrown is written.
     """
     batch, seqlen, heads, head_dim = v.shape
     scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=v.device)
     out = _empty_v(v)
-    workspace = None
+    mean, workspace = stats.mean, None
     if recipe.compensate_v:
+        mean = torch.empty_like(scale) if mean is None else mean
         floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, False)
         workspace = torch.empty(max(1, floats), dtype=torch.float32, device=v.device)
     # fmt: off
     _run(
-        _C.quantize_v, v, _pointer(mean), recipe.smooth_v, recipe.compensate_v, _pointer(amax),
-        _C.GRANULARITIES[recipe.v_granularity], _pointer(out), _pointer(scale), _pointer(workspace),
+        _C.quantize_v, v, _pointer(mean), recipe.smooth_v, recipe.compensate_v, _pointer(stats.amax),
+        _C.GRANULARITIES[recipe.v_granularity], _pointer(stats.outgrown), _pointer(out), _pointer(scale),
+        _pointer(workspace),
     )
     # fmt: on
-    return out, scale
+    return out, scale, mean
 
 
 def transpose_v(v: torch.Tensor) -> torch.Tensor:
     """V (batch, seqlen, heads, head_dim) that is float8_e4m3fn already, in the layout of `QuantizedQKV.v`."""
     v = _aligned(v)
     out = _empty_v(v)
-    _run(_C.quantize_v, v, 0, False, False, 0, _C.GRANULARITIES["none"], _pointer(out), 0, 0)
+    _run(_C.quantize_v, v, 0, False, False, 0, _C.GRANULARITIES["none"], 0, _pointer(out), 0, 0)
     return out
 
 

@@ -8,6 +8,8 @@ K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 ker
 FLUSH_INTERVAL, SMOOTH_FLUSH_INTERVAL = 16, 32  # key blocks, see Fp8Recipe.interval
 # Lazy rescaling: of P, whose largest lies between 2**6 and 2**8.8, see Fp8Recipe.rescale_threshold.
 LAZY_OFFSET, LAZY_THRESHOLD = 6.0, 2.8
+STATS_STRIDES = (1, 2, 4, 8)  # see Fp8Recipe.stats_stride
+STATS_TOKENS = 128  # that statistics are taken over at least, where there are so many
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 
@@ -41,6 +43,11 @@ class Fp8Recipe:
         smooth_v: subtract V's mean over the keys of a head, and add it to the output. Exact.
         compensate_v: add the mean over the keys of V's rounding error to the output, channel by channel. The
             wider the attention of a row, the more of what rounding V did to it that undoes.
+        stats_stride: the means that smoothing subtracts, and the channel maxima of V, are taken over one
+            token in so many (1, 2, 4 or 8; spread over the sequence, at least STATS_TOKENS, see
+            `quantization.sampled_tokens`), so that K and V are read once and not twice. Smoothing is exact
+            with any vector. A channel of V whose other tokens exceed what its scale leaves room for gets the
+            scale of its true maximum, and is read again.
         p_offset: P is exp2(score - maximum + p_offset): the higher, the fewer small P become 0.
         rescale_threshold: growth of the row maximum, in log2, that the output is not yet rescaled for; 0
             rescales at every growth. The higher, the more blocks the kernel needs no row's maximum of.
@@ -66,6 +73,7 @@ class Fp8Recipe:
     smooth_q: bool = False
     smooth_v: bool = False
     compensate_v: bool = False
+    stats_stride: int = 1
     p_offset: float = 8.0
     rescale_threshold: float = 0.0
     accumulation: int | None = None
@@ -76,6 +84,10 @@ class Fp8Recipe:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}; pass one of them.")
+        if self.stats_stride not in STATS_STRIDES:
+            raise ValueError(
+                f"stats_stride is {self.stats_stride!r}; it must be one of {STATS_STRIDES}; pass one of them."
+            )
         if self.accumulation is not None and (type(self.accumulation) is not int or self.accumulation < 0):
             raise ValueError(
                 f"accumulation is {self.accumulation!r}; it must be a number of key blocks, 0 for never, or "
@@ -118,6 +130,8 @@ class Fp8Recipe:
             v_granularity: every scale runs over all keys; only "none" does not.
             smooth_k, smooth_q, smooth_v, compensate_v: means over all tokens. Smoothing is exact, but what is
                 left to round changes.
+            stats_stride: how much of the tokens those two lines mean; what it leaves out can still decide
+                V's scale.
             rotation, p_offset, rescale_threshold, accumulation, row_sum: never. A hidden key has P = 0, which
                 adds an exact 0 to every sum.
         What leaks is the size of rounding errors, and nothing where they are 0. NaN in V is the exception in
@@ -146,14 +160,17 @@ class Fp8Recipe:
             smooth_k=True,
             smooth_v=True,
             compensate_v=True,
+            stats_stride=8,
             p_offset=LAZY_OFFSET,
             rescale_threshold=LAZY_THRESHOLD,
         )
 
     @classmethod
     def accurate(cls) -> "Fp8Recipe":
-        """`default` with a scale for each row of Q, and without lazy rescaling."""
-        return replace(cls.default(), q_granularity="token", p_offset=8.0, rescale_threshold=0.0)
+        """`default` with a scale for each row of Q, statistics of every token, and without lazy rescaling."""
+        return replace(
+            cls.default(), q_granularity="token", stats_stride=1, p_offset=8.0, rescale_threshold=0.0
+        )
 
     @classmethod
     def causal_safe(cls) -> "Fp8Recipe":

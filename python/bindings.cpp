@@ -270,20 +270,23 @@ void bind_quantize(py::module_& m) {
                                      py::arg("block") = static_cast<int>(Granularity::kBlock),
                                      py::arg("token") = static_cast<int>(Granularity::kToken),
                                      py::arg("channel") = static_cast<int>(Granularity::kChannel));
+  m.attr("V_SLICE") = kVSlice;
   m.def("quantize_dtypes", &quantize_dtypes);
   m.def("token_stats_workspace", &token_stats_workspace);
 
   m.def("token_stats", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
-                          int batch, int seqlen, int heads, int head_dim, std::uintptr_t workspace,
-                          std::uintptr_t mean, bool smooth, std::uintptr_t amax, int granularity,
-                          std::uintptr_t stream) {
+                          int batch, int seqlen, int heads, int head_dim, int stride_shift,
+                          std::uintptr_t workspace, std::uintptr_t mean, bool smooth, std::uintptr_t amax,
+                          int granularity, std::uintptr_t outgrown, std::uintptr_t stream) {
     TokenStatsParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
+    p.stride_shift = stride_shift;
     p.workspace = pointer<float>(workspace);
     p.mean = pointer<float>(mean);
     p.smooth = smooth;
     p.amax = pointer<uint32_t>(amax);
     p.granularity = static_cast<Granularity>(granularity);
+    p.outgrown = pointer<uint32_t>(outgrown);
     return static_cast<int>(run_token_stats(p, pointer<CUstream_st>(stream)));
   });
 
@@ -314,8 +317,9 @@ void bind_quantize(py::module_& m) {
 
   m.def("quantize_v", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
                          int batch, int seqlen, int heads, int head_dim, std::uintptr_t mean, bool smooth,
-                         bool compensate, std::uintptr_t amax, int granularity, std::uintptr_t out,
-                         std::uintptr_t scale, std::uintptr_t workspace, std::uintptr_t stream) {
+                         bool compensate, std::uintptr_t amax, int granularity, std::uintptr_t outgrown,
+                         std::uintptr_t out, std::uintptr_t scale, std::uintptr_t workspace,
+                         std::uintptr_t stream) {
     QuantizeVParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
     p.mean = pointer<float>(mean);
@@ -323,6 +327,7 @@ void bind_quantize(py::module_& m) {
     p.compensate = compensate;
     p.amax = pointer<uint32_t>(amax);
     p.granularity = static_cast<Granularity>(granularity);
+    p.outgrown = pointer<uint32_t>(outgrown);
     p.out = pointer<void>(out);
     p.scale = pointer<float>(scale);
     p.workspace = pointer<float>(workspace);
@@ -331,6 +336,8 @@ void bind_quantize(py::module_& m) {
 
   // Host-compiled index arithmetic, for the tests.
   m.def("tile_columns", &tile_columns);
+  m.def("stats_shift", &stats_shift);
+  m.def("sampled_token", &sampled_token);
   m.def("key_at", &key_at);
   m.def("key_mask", &key_mask);
   m.def("hadamard_block", &hadamard_block);

@@ -25,9 +25,9 @@ struct ChunkPart {
 };
 
 // Calls f(raw, g, g % 2) for the 8 groups of 16 tokens of a chunk, in order: row i of raw is token(i), or 0
-// where that is not among the first `tokens`. `rows` is this thread's first one. NOTE: the loads of three
-// groups are under way during the arithmetic of one.
-template <bool kFull, class Part, class F>
+// where that is not among the first `tokens`. `rows` is this thread's first one. NOTE: the loads of kAhead
+// groups, 1 or 3, are under way during the arithmetic of one.
+template <bool kFull, int kAhead, class Part, class F>
 __device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t stride, int tokens,
                                                Part const& part, F&& f) {
   auto const load = [&](uint2(&raw)[4], int g) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t str
     }
     rows += kKeyGroup * stride;
   };
-  constexpr int kGroups = kStatsChunk / kKeyGroup, kAhead = 3;
+  constexpr int kGroups = kStatsChunk / kKeyGroup;
   uint2 raw[kAhead + 1][4];
 #pragma unroll
   for (int g = 0; g < kAhead; ++g) load(raw[g], g);

@@ -6,6 +6,7 @@
 
 #include "common/device.h"
 #include "quantize/instance.h"
+#include "quantize/mend_v.cuh"
 #include "quantize/quantize_v.cuh"
 #include "quantize/rows.cuh"
 #include "quantize/token_stats.cuh"
@@ -57,8 +58,9 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.x = static_cast<uint16_t const*>(in.x.data);
   args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
   args.head_stride = in.x.head_stride;
-  args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
-  args.chunks = ceil_div(in.seqlen, kStatsChunk);
+  args.shift = stats_shift(in.seqlen, p.stride_shift);
+  args.tokens = in.seqlen >> args.shift, args.heads = in.heads, args.head_dim = in.head_dim;
+  args.chunks = ceil_div(args.tokens, kStatsChunk);
   args.tiles = make_quantize_tiles(in.heads, max_int(1, args.chunks));
   int64_t const head_batches = int64_t(in.batch) * in.heads;
   args.partials = head_batches * args.chunks * in.head_dim;
@@ -69,6 +71,7 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.code_scale = nullptr;
   args.amax = p.amax;
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
+  args.outgrown = p.outgrown;
 
   int64_t const count = head_batches * args.chunks;
   if (count > 0x7fffffff) return Status::kInvalidArgument;
@@ -204,20 +207,26 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
   args.out = static_cast<uint8_t*>(p.out);
   args.scale = p.scale;
-  args.code_sums = p.compensate ? p.workspace : nullptr;
+  args.errors = p.compensate ? p.workspace : nullptr;
+  args.outgrown = p.outgrown;
   auto const kernel = columns == 64    ? quantize_v_kernel<kIn, 64>
                       : columns == 128 ? quantize_v_kernel<kIn, 128>
                                        : quantize_v_kernel<kIn, 256>;
-  Status const status =
+  Status status =
       launch<QuantizeVArguments>(kernel, int64_t(in.batch) * in.heads * tiles, kVThreads, 0, stream, args);
+  if (status == Status::kOk && p.outgrown) {
+    int64_t const ctas = int64_t(in.batch) * in.heads * ceil_div(in.head_dim, kVSlice);
+    status = launch<QuantizeVArguments>(mend_v_kernel<kIn>, ctas, kVThreads, 0, stream, args);
+  }
   if (status != Status::kOk || !p.compensate) return status;
-  TokenStatsArguments codes{};
-  codes.seqlen = in.seqlen, codes.heads = in.heads, codes.head_dim = in.head_dim;
-  codes.chunks = args.chunks;
-  codes.workspace = p.workspace;
-  codes.mean = p.mean;
-  codes.code_scale = p.scale;
-  return launch_finish_stats<kIn>(codes, in.batch, stream);
+  TokenStatsArguments errors{};
+  errors.tokens = in.seqlen, errors.heads = in.heads, errors.head_dim = in.head_dim;
+  errors.chunks = args.chunks;
+  errors.workspace = p.workspace;
+  errors.mean = p.mean;
+  errors.smooth = p.smooth;
+  errors.code_scale = p.scale;
+  return launch_finish_stats<kIn>(errors, in.batch, stream);
 }
 
 template <DType kIn>

@@ -54,7 +54,8 @@ int64_t token_stats_workspace(int batch, int seqlen, int heads, int head_dim, bo
 }
 
 Status run_token_stats(TokenStatsParams const& p, CUstream_st* stream) {
-  bool const fits = (!p.amax || is_v_granularity(p.granularity)) && (p.mean || !p.smooth);
+  bool const fits = (!p.amax || is_v_granularity(p.granularity)) && (p.mean || !p.smooth) &&
+                    p.stride_shift >= 0 && p.stride_shift <= 3 && (!p.outgrown || p.amax);
   return run(p, &QuantizeInstance::token_stats, fits, stream);
 }
 
@@ -74,7 +75,8 @@ Status run_quantize_v(QuantizeVParams const& p, CUstream_st* stream) {
   bool const moves = p.in.dtype == DType::kE4M3;
   bool const fits = (p.amax ? is_v_granularity(p.granularity) : p.granularity == Granularity::kNone) &&
                     (moves ? !p.mean && !p.amax : p.scale != nullptr) &&
-                    (p.mean || !p.smooth && !p.compensate) && (p.workspace || !p.compensate);
+                    (p.mean || !p.smooth && !p.compensate) && (p.workspace || !p.compensate) &&
+                    (!p.outgrown || p.amax && p.granularity == Granularity::kChannel);
   return run(p, &QuantizeInstance::v, fits, stream);
 }
 

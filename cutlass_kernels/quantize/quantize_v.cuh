@@ -6,8 +6,12 @@
 //
 // A thread rounds four keys of four channels, the keys that are a word of the layout, so that the permutation
 // is the choice of the register a byte comes from. It does so for the 8 groups of a chunk, one after the
-// other. Shared memory only gathers a channel's words into lines. The sums of a chunk's codes, which say what
-// rounding did to a channel's mean, are products with ones on the tensor cores; they are exact.
+// other. Shared memory only gathers a channel's words into lines. What rounding took from a chunk's sum is
+// the sum of the scaled elements less that of the codes, which is exact: products with ones on the tensor
+// cores.
+//
+// Scales from a sample's maxima may prove too small for another token. Then a flag is set, and the kernel
+// after this one, which is otherwise empty, rounds the slice of 32 channels anew (mend_v.cuh).
 #pragma once
 
 #include <cute/arch/mma_sm80.hpp>
@@ -27,7 +31,9 @@ struct QuantizeVArguments {
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
   uint8_t* out;
   float* scale;
-  float* code_sums;  // (batch, heads, chunks of 128 keys, head_dim), of the codes' values; may be null
+  float* errors;  // (batch, heads, chunks of 128 keys, head_dim): sums of scaled elements less codes; may be
+                  // null
+  uint32_t* outgrown;  // (batch, heads, slices of 32 channels): set where a code is saturated; may be null
 };
 
 // What the arithmetic needs of a channel.
@@ -51,24 +57,30 @@ struct VShared {
   VChannel channels[kColumns];
 };
 
-// Chunk `chunk` of a head, by the threads of `part`: codes into shared memory, their sums out.
+// The scale of a channel whose largest element is amax, or whose sample's is.
+__device__ __forceinline__ Scale scale_of_v(float amax, bool of_sample) {
+  return of_sample ? scale_of(fmaxf(amax, kSmallestAmax), kE4M3Max / kHeadroom) : scale_of(amax, kE4M3Max);
+}
+
+// Chunk `chunk` of a head, its channels from first_channel on, by the threads of `part`: codes into shared
+// memory, their errors out. Returns whether a code of this thread may be saturated.
 template <DType kIn, bool kSums, bool kFull, class Part>
-__device__ __forceinline__ void round_chunk(QuantizeVArguments const& args, Part const& part,
+__device__ __forceinline__ bool round_chunk(QuantizeVArguments const& args, Part const& part,
                                             VChannel const* channels, uint4* codes, QuantizeTile const& tile,
-                                            int chunk) {
+                                            int chunk, int first_channel = 0) {
   int const first = chunk * kStatsChunk, tokens = args.seqlen - first;  // may be negative
-  bool const works = 4 * part.quad < args.head_dim;
+  // NOTE: unsigned, or its sign's extension is spilled.
+  uint32_t const channel = first_channel + 4 * part.quad;
+  bool const works = channel < static_cast<uint32_t>(args.head_dim);
   int const mine = works ? tokens : 0;
-  auto const v = args.v + tile.batch * args.batch_stride + tile.head * args.head_stride +
-                 (first + 2 * part.word) * args.row_stride + 4 * part.quad;
   VChannel of[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) of[c] = channels[4 * part.quad + c];
-  float sum[2][2][4];  // [parity of the group][pair of channels]
+  float largest = 0.f;
+  float sum[4], code_sum[2][2][4];  // [parity of the group][pair of channels]
 
   // Keys 16 g ... of the chunk. filter: sums only, without what is not finite.
-  auto const round = [&](uint2 const(&raw)[4], int g, float (&group_sum)[2][4], bool filter) {
-    uint32_t const mask = kFull ? ~0u : key_mask(part.word, mine - g * kKeyGroup);
+  auto const round = [&](uint2 const(&raw)[4], int g, int parity, bool filter) {
     uint32_t words[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -77,38 +89,80 @@ __device__ __forceinline__ void round_chunk(QuantizeVArguments const& args, Part
       for (int i = 0; i < 4; ++i) {
         float2 const pair = unpack<kIn>(c < 2 ? raw[i].x : raw[i].y);
         y[i] = ((c % 2 ? pair.y : pair.x) - of[c].mean) * of[c].inverse;
+        if (!kFull && g * kKeyGroup + part.token(i) >= mine) y[i] = 0.f;
+        if (!filter) largest = fmaxf(largest, fabsf(y[i]));
         y[i] = __fmaf_rn(y[i], 0.f, y[i]);  // what is not finite becomes NaN
         if (filter && !is_finite(y[i])) y[i] = 0.f;
+        if constexpr (kSums) sum[c] += y[i];
       }
-      words[c] = to_e4m3(y[0], y[1], y[2], y[3]) & mask;
+      words[c] = to_e4m3(y[0], y[1], y[2], y[3]);
       if (!filter && works)
         reinterpret_cast<uint32_t*>(codes + code_slot(4 * part.quad + c, g))[part.word] = words[c];
     }
     if constexpr (kSums) {
 #pragma unroll
-      for (int c = 0; c < 4; c += 2) add_codes(group_sum[c / 2], words[c], words[c + 1]);
+      for (int c = 0; c < 4; c += 2) add_codes(code_sum[parity][c / 2], words[c], words[c + 1]);
     }
   };
-  auto const round_all = [&](bool filter) {
+  auto const round_all = [&](auto filter) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sum[i / 8][i / 4 % 2][i % 4] = 0.f;
-    for_each_group<kFull>(v, args.row_stride, mine, part, [&](uint2 const(&raw)[4], int g, int parity) {
-      round(raw, g, sum[parity], filter);
-    });
+    for (int i = 0; i < 16; ++i) code_sum[i / 8][i / 4 % 2][i % 4] = 0.f;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sum[c] = 0.f;
+    auto const v = args.v + tile.batch * args.batch_stride + tile.head * args.head_stride +
+                   (first + 2 * part.word) * args.row_stride + channel;
+    for_each_group<kFull, filter ? 1 : 3>(
+        v, args.row_stride, mine, part,
+        [&](uint2 const(&raw)[4], int g, int parity) { round(raw, g, parity, filter.value); });
   };
 
-  round_all(false);
+  round_all(std::false_type{});
   if constexpr (kSums) {
-    auto const total = [&](int c) { return sum[0][c / 2][2 * (c % 2)] + sum[1][c / 2][2 * (c % 2)]; };
     // A NaN stays in its sum, so finite sums need no second look.
     // NOTE: a warp's threads look again together, as its products want them.
-    bool const finite = is_finite(total(0) + total(1) + total(2) + total(3));
-    if (__any_sync(~0u, works && !finite)) round_all(true);
+    bool finite = true;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) finite = finite && is_finite(sum[c]);
+    if (__any_sync(~0u, works && !finite)) round_all(std::true_type{});
+    float error[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float total = sum[c] + __shfl_xor_sync(~0u, sum[c], 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      error[c] = total - (code_sum[0][c / 2][2 * (c % 2)] + code_sum[1][c / 2][2 * (c % 2)]);
+    }
     if (part.word == 0 && works && tokens > 0) {
       int64_t const at = static_cast<int64_t>(tile.batch * args.heads + tile.head) * args.chunks + chunk;
-      *reinterpret_cast<float4*>(args.code_sums + at * args.head_dim + 4 * part.quad) =
-          make_float4(total(0), total(1), total(2), total(3));
+      *reinterpret_cast<float4*>(args.errors + at * args.head_dim + channel) =
+          make_float4(error[0], error[1], error[2], error[3]);
     }
+  }
+  return largest >= kSaturates;
+}
+
+// Rows first_row, ... of a head's V^T, `rows` of them, groups of keys from first_group on, to global memory.
+// codes: code_slot of chunks of `channels` channels, row r < channels being channel r; then ones and zeros.
+template <int kChannels, int kGroups>
+__device__ __forceinline__ void store_codes(QuantizeVArguments const& args, QuantizeTile const& tile,
+                                            uint4 const (*codes)[kChannels * 8], int columns, int first_row,
+                                            int rows, int first_group) {
+  int const keys_pitch = ceil_div(args.seqlen, kKeyGroup) * kKeyGroup;
+  int64_t const head_batch = static_cast<int64_t>(tile.batch) * args.heads + tile.head;
+  uint8_t* const out = args.out + (head_batch * (columns + kOnesRows) + first_row) * keys_pitch;
+  for (int i = threadIdx.x; i < rows * kGroups; i += kVThreads) {
+    int const r = i / kGroups, g = i % kGroups;
+    int const key = (first_group + g) * kKeyGroup;
+    if (key >= args.seqlen) continue;
+    uint4 words = make_uint4(0, 0, 0, 0);
+    if (first_row + r < args.head_dim) {
+      words = codes[g / 8][code_slot(r, g % 8)];
+    } else if (first_row + r == columns) {
+      constexpr uint32_t kOnes = 0x38383838;
+      int const keys = args.seqlen - key;
+      words = make_uint4(kOnes & key_mask(0, keys), kOnes & key_mask(1, keys), kOnes & key_mask(2, keys),
+                         kOnes & key_mask(3, keys));
+    }
+    __stcs(reinterpret_cast<uint4*>(out + static_cast<int64_t>(r) * keys_pitch + key), words);
   }
 }
 
@@ -127,7 +181,7 @@ __global__ void __launch_bounds__(kVThreads, 2)
     Scale scale = {1.f, 1.f};
     if (args.amax) {
       int64_t const at = tile.batch * args.amax_batch + tile.head * args.amax_head + c * args.amax_channel;
-      scale = scale_of(__uint_as_float(args.amax[at]), kE4M3Max);
+      scale = scale_of_v(__uint_as_float(args.amax[at]), args.outgrown != nullptr);
     }
     if (tile.block == 0) args.scale[head_channels + c] = scale.scale;
     shared.channels[c] = {args.mean ? args.mean[head_channels + c] : 0.f, scale.inverse};
@@ -137,35 +191,22 @@ __global__ void __launch_bounds__(kVThreads, 2)
   int const chunk = tile.block * part.kChunks + part.chunk;
   bool const full = kColumns == args.head_dim && (chunk + 1) * kStatsChunk <= args.seqlen;
   auto const round = [&](auto sums, auto is_full) {
-    round_chunk<kIn, sums.value, is_full.value>(args, part, shared.channels, shared.codes[part.chunk], tile,
-                                                chunk);
+    return round_chunk<kIn, sums.value, is_full.value>(args, part, shared.channels, shared.codes[part.chunk],
+                                                       tile, chunk);
   };
-  if (args.code_sums) {
-    full ? round(std::true_type{}, std::true_type{}) : round(std::true_type{}, std::false_type{});
+  bool outgrown;
+  if (args.errors) {
+    outgrown = full ? round(std::true_type{}, std::true_type{}) : round(std::true_type{}, std::false_type{});
   } else {
-    full ? round(std::false_type{}, std::true_type{}) : round(std::false_type{}, std::false_type{});
+    outgrown =
+        full ? round(std::false_type{}, std::true_type{}) : round(std::false_type{}, std::false_type{});
   }
+  if (outgrown && args.outgrown)
+    args.outgrown[(tile.batch * args.heads + tile.head) * ceil_div(args.head_dim, kVSlice) +
+                  4 * part.quad / kVSlice] = 1;
   __syncthreads();
-
-  int const keys_pitch = ceil_div(args.seqlen, kKeyGroup) * kKeyGroup;
-  constexpr int kRows = kColumns + kOnesRows;
-  uint8_t* const out =
-      args.out + static_cast<int64_t>(tile.batch * args.heads + tile.head) * kRows * keys_pitch;
-  for (int i = threadIdx.x; i < kRows * kGroups; i += kVThreads) {
-    int const r = i / kGroups, g = i % kGroups;
-    int const key = (tile.block * kGroups + g) * kKeyGroup;
-    if (key >= args.seqlen) continue;
-    uint4 codes = make_uint4(0, 0, 0, 0);
-    if (r < args.head_dim) {
-      codes = shared.codes[g / 8][code_slot(r, g % 8)];
-    } else if (r == kColumns) {
-      constexpr uint32_t kOnes = 0x38383838;
-      int const keys = args.seqlen - key;
-      codes = make_uint4(kOnes & key_mask(0, keys), kOnes & key_mask(1, keys), kOnes & key_mask(2, keys),
-                         kOnes & key_mask(3, keys));
-    }
-    __stcs(reinterpret_cast<uint4*>(out + static_cast<int64_t>(r) * keys_pitch + key), codes);
-  }
+  store_codes<kColumns, kGroups>(args, tile, shared.codes, kColumns, 0, kColumns + kOnesRows,
+                                 tile.block * kGroups);
 }
 
 }  // namespace hopper_fa

@@ -1,9 +1,10 @@
-// Means over tokens, and the largest |x - mean| of V. Two kernels: sums (and extremes) of chunks of 128
-// tokens, then of all chunks. Every addition has its place: no atomics, and the bits of quantization.py.
+// Means over tokens, and the largest |x - mean| of V, of all tokens or of a sample. Two kernels: sums (and
+// extremes) of chunks of 128 tokens of the sample, then of all chunks. Every addition has its place: no
+// atomics, and the bits of quantization.py.
 //
-// Roofline: the first kernel reads the tensor once and writes 4 (with extremes 8) bytes a channel for each
+// Roofline: the first kernel reads the sample once and writes 4 (with extremes 8) bytes a channel for each
 // 256 bytes read; the second reads those again, from L2. 16k tokens x 2048 channels: 67 MB + 2 MB, 17 us at 4
-// TB/s.
+// TB/s; of one token in eight 2 us and the launches.
 #pragma once
 
 #include "quantize/layout.h"
@@ -14,7 +15,8 @@ namespace hopper_fa {
 struct TokenStatsArguments {
   uint16_t const* x;
   int64_t batch_stride, row_stride, head_stride;
-  int seqlen, heads, head_dim, chunks;
+  int shift;                            // one token in 2^shift is sampled
+  int tokens, heads, head_dim, chunks;  // tokens of the sample
   QuantizeTiles tiles;
   int tile_count;
   int64_t partials;  // batch * heads * chunks * head_dim
@@ -24,9 +26,10 @@ struct TokenStatsArguments {
   bool extremes;
   float* mean;
   bool smooth;
-  float const* code_scale;  // the sums are of codes that it belongs to: mean loses scale times theirs
+  float const* code_scale;  // the sums are of what rounding to its codes took: times it, for mean
   uint32_t* amax;
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
+  uint32_t* outgrown;                           // set to 0, one a CTA of the second kernel; may be null
 };
 
 // x[0] becomes the sum of the first `size` elements, a power of two, by x[i] + x[i + half]; size 0 counts
@@ -87,8 +90,8 @@ struct ChannelStats {
   }
 };
 
-// A persistent grid; a tile is 128 tokens of one head. Thread (lane r of 16, octet of channels); 16 *
-// head_dim / 8 of them.
+// A persistent grid; a tile is 128 tokens of the sample of one head. Thread (lane r of 16, octet of
+// channels); 16 * head_dim / 8 of them.
 template <DType kIn, bool kExtremes>
 __global__ void __launch_bounds__(512, 2)
     token_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
@@ -99,22 +102,22 @@ __global__ void __launch_bounds__(512, 2)
   int const lane = threadIdx.x / octets, octet = threadIdx.x - lane * octets;
   auto const extremes = reinterpret_cast<uint32_t*>(of_lanes + kStatsLanes * args.head_dim);
 
-  struct Tokens {  // the lane's of a tile: first, first + 16, ...
-    uint16_t const* first;
-    int exist;  // of 8; the last warp may hold threads of no lane
+  struct Tokens {  // the lane's of a tile: first, first + 16, ... of the sample
+    uint16_t const* head;
+    int first, exist;  // of 8; the last warp may hold threads of no lane
   };
   auto const tokens_of = [&](QuantizeTile const& tile) -> Tokens {
-    int const first = tile.block * kStatsChunk + lane, left = args.seqlen - first;
-    return {args.x + tile.batch * args.batch_stride + tile.head * args.head_stride + first * args.row_stride +
-                8 * octet,
+    int const first = tile.block * kStatsChunk + lane, left = args.tokens - first;
+    return {args.x + tile.batch * args.batch_stride + tile.head * args.head_stride + 8 * octet, first,
             lane >= kStatsLanes || left <= 0 ? 0 : min_int(8, ceil_div(left, kStatsLanes))};
   };
   auto const fetch = [&](Tokens const& tokens) {
-    int64_t const step = kStatsLanes * args.row_stride;
-    uint16_t const* from = tokens.first;
 #pragma unroll
-    for (int i = 0; i < 8; ++i, from += step)
-      copy_async(raw + i * blockDim.x + threadIdx.x, from, i < tokens.exist);
+    for (int i = 0; i < 8; ++i) {
+      bool const exists = i < tokens.exist;
+      int const token = sampled_token(exists ? tokens.first + i * kStatsLanes : 0, args.shift);
+      copy_async(raw + i * blockDim.x + threadIdx.x, tokens.head + token * args.row_stride, exists);
+    }
   };
 
   int index = blockIdx.x;
@@ -228,11 +231,13 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) of_warps[w] = shared[0][w][lane];
   tree_sum(of_warps, min_int(size, kWarps));
-  float const mean = __fdiv_rn(of_warps[0], static_cast<float>(max_int(1, args.seqlen)));
+  float const mean = __fdiv_rn(of_warps[0], static_cast<float>(max_int(1, args.tokens)));
   if (args.mean && exists) {
     int64_t const at = static_cast<int64_t>(head_batch) * args.head_dim + channel;
-    args.mean[at] = args.code_scale ? __fsub_rn(args.mean[at], __fmul_rn(args.code_scale[at], mean)) : mean;
+    float const error = args.code_scale ? __fmul_rn(args.code_scale[at], mean) : 0.f;
+    args.mean[at] = !args.code_scale ? mean : args.smooth ? __fadd_rn(args.mean[at], error) : error;
   }
+  if (args.outgrown && lane == 0) args.outgrown[blockIdx.x] = 0;
   if (!args.extremes) return;
   float const centre = args.smooth ? mean : 0.f;
   float low = INFINITY, high = -INFINITY;

@@ -10,7 +10,7 @@ from cases import FP8_PRESETS, Case
 
 from hopper_fa import Fp8Recipe, attention_reference, quantize_qkv
 from hopper_fa.emulator_fp8 import attention_dequantized
-from hopper_fa.quantization import QuantizedQKV, from_fp8, rotation_signs, smooth_and_rotate
+from hopper_fa.quantization import QuantizedQKV, from_fp8, rotation_signs, sampled_tokens, smooth_and_rotate
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,6 +70,8 @@ def test_presets_say_what_they_leak() -> None:
         ("p_offset", float("nan")),
         ("rescale_threshold", 1.0),
         ("rescale_threshold", -1.0),
+        ("stats_stride", 3),
+        ("stats_stride", 0),
     ],
 )
 def test_recipe_refuses(field: str, value: object) -> None:
@@ -211,6 +213,45 @@ def test_means_add_in_the_documented_order(seed: int) -> None:
     assert x.v_mean[0, 0].numpy().tolist() == (halve(chunks) / np.float32(300)).tolist()
 
 
+def test_sampled_means_are_of_the_sample(seed: int) -> None:
+    q, k, v = Case(2, 2, 1, 1500, 1100, 24).qkv(torch.float32, seed)
+    recipe = replace(PLAIN, smooth_q=True, smooth_k=True, smooth_v=True, stats_stride=4)
+    x = quantize_qkv(q, k, v, recipe)
+    q_mean, k_mean, v_mean = (
+        t[:, sampled_tokens(t.shape[1], 4)].double().mean(1).repeat_interleave(2 // t.shape[2], 1)
+        for t in (q, k, v)
+    )
+    lse_shift = torch.einsum("bihd,bhd->bhi", q.double(), k_mean)
+    key_bias = torch.einsum("bhd,bjhd->bhj", q_mean, k.double().repeat_interleave(2, 2) - k_mean[:, None])
+    for got, want in ((x.lse_shift, lse_shift), (x.key_bias, key_bias), (x.v_mean, v_mean[:, :1])):
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    assert len(sampled_tokens(1100, 4)) == 275
+
+
+@pytest.mark.parametrize("smooth_v", [False, True])
+def test_what_outgrows_a_sample(smooth_v: bool, seed: int) -> None:
+    """A sample's maximum leaves room for 32 times as much (30.9: 432 rounds to 448), then the true one."""
+    q, k, v = Case(1, 1, 1, 8, 1024, 24).qkv(torch.float32, seed)
+    tokens = sampled_tokens(1024, 8)
+    other = next(t for t in range(1024) if t not in tokens.tolist())
+    recipe = replace(PLAIN, smooth_v=smooth_v, stats_stride=8)
+    v = v.clamp(-3, 3)
+    v[0, tokens[0]], v[0, tokens[1]] = 4.0, -4.0
+    centre = quantize_qkv(q, k, v, recipe).v_mean[0, 0] if smooth_v else torch.zeros(24)
+    sampled = 4.0 + centre.abs()
+    v[0, other, 0, 0], v[0, other, 0, 1], v[0, other, 0, 2] = 30.5 * sampled[0], -31.2 * sampled[1], 1e6
+    v[0, tokens, 0, 3] = centre[3] = 0.0
+    x = quantize_qkv(q, k, v, recipe)
+    scale = x.v_scale[0, 0]
+    torch.testing.assert_close(scale[4:], sampled[4:] / 14)
+    torch.testing.assert_close(scale[0], sampled[0] / 14)
+    for c in (1, 2, 3):
+        torch.testing.assert_close(scale[c], (v[0, :, 0, c] - centre[c]).abs().max() / 448)
+    assert ((x.dequantize()[2] - v).abs() <= (v - centre).abs() / 15.9 + scale * 2.0**-10).all()
+    every = quantize_qkv(q, k, v, replace(recipe, stats_stride=1))
+    torch.testing.assert_close(scale[1:3], every.v_scale[0, 0, 1:3], rtol=0.5, atol=0)
+
+
 def test_dot_products_add_in_the_documented_order(seed: int) -> None:
     q, k, v = Case(heads_q=1, heads_kv=1, head_dim=24).qkv(torch.float32, seed)
     x = quantize_qkv(q, k, v, replace(PLAIN, smooth_k=True, smooth_v=True))
@@ -313,15 +354,44 @@ def test_a_common_offset_of_keys_disappears_in_smoothing(seed: int) -> None:
     assert quantize_qkv(q, k + offset, k, bare).k_scale.min() > 4 * x.k_scale.max()
 
 
-def test_compensation_leaves_no_mean_error_in_v(seed: int) -> None:
-    q, k, v = GQA.qkv(torch.float32, seed)
+@pytest.mark.parametrize("stride", [1, 8])
+def test_compensation_leaves_no_mean_error_in_v(stride: int, seed: int) -> None:
+    q, k, v = Case(1, 1, 1, 8, 1100, 72).qkv(torch.float32, seed)
     for smooth_v in (False, True):
-        recipe = replace(PLAIN, smooth_v=smooth_v)
+        recipe = replace(PLAIN, smooth_v=smooth_v, stats_stride=stride)
         left = [
             (quantize_qkv(q, k, v + 1, replace(recipe, compensate_v=on)).dequantize()[2] - (v + 1)).mean(1)
             for on in (False, True)
         ]
         assert left[0].abs().max() > 1e-4 and left[1].abs().max() < 2e-6
+
+
+def test_rounding_errors_add_in_the_documented_order(seed: int) -> None:
+    # 300 keys: three chunks, the last of 44, filled up to four.
+    v = (torch.randn(1, 300, 1, 8) + 3).float()
+    v[0, 7, 0, 0], v[0, 299, 0, 1] = float("inf"), float("nan")  # count as 0
+    x = quantize_qkv(v, v, v, replace(PLAIN, compensate_v=True))
+    scale = x.v_scale[0, 0].numpy()
+    amax = np.where(np.isfinite(v[0, :, 0].numpy()), np.abs(v[0, :, 0].numpy()), 0).max(0)
+    scaled = np.zeros((512, 8), np.float32)
+    scaled[:300] = v[0, :, 0].numpy() * (np.float32(448) / amax)
+    codes = np.zeros((512, 8), np.float32)
+    codes[:300] = x.v_codes()[0, :, 0].float().numpy()
+    finite = np.isfinite(scaled)
+    scaled, codes = np.where(finite, scaled, np.float32(0)), np.where(finite, codes, np.float32(0))
+    errors = []
+    for chunk in range(4):
+        threads = [np.zeros(8, np.float32) for _ in range(4)]
+        for group in range(8):
+            for t in range(4):
+                for token in (2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9):
+                    threads[t] = threads[t] + scaled[128 * chunk + 16 * group + token]
+        total = (threads[0] + threads[1]) + (threads[2] + threads[3])
+        errors.append(
+            total - codes[128 * chunk : 128 * chunk + 128].sum(0, dtype=np.float64).astype(np.float32)
+        )
+    mean = ((errors[0] + errors[2]) + (errors[1] + errors[3])) / np.float32(300)
+    assert x.v_mean[0, 0].numpy().tolist() == (scale * mean).tolist()
 
 
 def test_saturation_and_non_finite_values() -> None:

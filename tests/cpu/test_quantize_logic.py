@@ -63,6 +63,23 @@ def test_v_slots(head_dim: int) -> None:
                 assert banks([(c + 8 * i, g) for i in range(8)]) == 8
 
 
+def test_sampled_tokens() -> None:
+    """One of each group, the kernels' the same; at least 128, and all of them where there are fewer."""
+    for seqlen in (0, 1, 127, 255, 256, 300, 511, 512, 1023, 1024, 1031, 16384):
+        for stride in (1, 2, 4, 8):
+            tokens = quantization.sampled_tokens(seqlen, stride).tolist()
+            shift = _C.stats_shift(seqlen, stride.bit_length() - 1)
+            assert len(tokens) == seqlen >> shift and (len(tokens) >= 128 or shift == 0)
+            assert shift == stride.bit_length() - 1 or seqlen >> shift + 1 < 128
+            assert [token >> shift for token in tokens] == list(range(seqlen >> shift))
+            assert tokens == [_C.sampled_token(group, shift) for group in range(seqlen >> shift)]
+    # No period of tokens up to 64 meets the same of its tokens again and again.
+    tokens = quantization.sampled_tokens(16384, 8)
+    for period in range(2, 65):
+        counts = torch.bincount(tokens % period, minlength=period)
+        assert counts.max() < 1.5 * len(tokens) / period and counts.min() > 0.5 * len(tokens) / period
+
+
 def test_code_slots() -> None:
     """Every (channel, group) of a chunk has a slot of its own, and no eight threads meet in a bank."""
     slots = {(c, g): _C.code_slot(c, g) for c in range(256) for g in range(8)}

@@ -86,11 +86,14 @@ def test_granularities_of_q_and_k(
 @pytest.mark.parametrize("granularity", ["none", "tensor", "head", "channel"])
 @pytest.mark.parametrize("smooth", [False, True], ids=["raw", "smooth"])
 @pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+@pytest.mark.parametrize("stride", [1, 4])
 def test_granularities_of_v(
-    compensate: bool, smooth: bool, granularity: str, dtype: torch.dtype, seed: int
+    stride: int, compensate: bool, smooth: bool, granularity: str, dtype: torch.dtype, seed: int
 ) -> None:
     q, k, v = Case(2, 2, 2, 20, 1100, 96).qkv(dtype, seed, "cuda")
-    recipe = Fp8Recipe(v_granularity=granularity, smooth_v=smooth, compensate_v=compensate)
+    recipe = Fp8Recipe(
+        v_granularity=granularity, smooth_v=smooth, compensate_v=compensate, stats_stride=stride
+    )
     check(q, k, 3 * v + 1, recipe)
 
 
@@ -109,6 +112,40 @@ def test_distributions(distribution: str, dtype: torch.dtype, seed: int) -> None
 
     for recipe in (EVERYTHING, replace(EVERYTHING, qk_dtype="e4m3"), PRESETS["fa3"]):
         check(change(q), change(k), change(v), recipe)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+@pytest.mark.parametrize("length", [127, 255, 256, 257, 511, 1031, 2100])
+def test_sampled_statistics(length: int, stride: int, dtype: torch.dtype, seed: int) -> None:
+    q, k, v = Case(2, 2, 2, length, length, 72).qkv(dtype, seed, "cuda")
+    check(q, k + 1, 3 * v - 1, replace(EVERYTHING, stats_stride=stride))
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 128, 256])
+@pytest.mark.parametrize("smooth", [False, True], ids=["raw", "smooth"])
+@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
+def test_what_outgrows_a_sample(
+    compensate: bool, smooth: bool, head_dim: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Channels whose largest element is not in the sample, some by less than the scale leaves room for."""
+    recipe = replace(EVERYTHING, smooth_v=smooth, compensate_v=compensate)
+    q, k, v = Case(2, 2, 2, 20, 2100, head_dim).qkv(dtype, seed, "cuda")
+    sampled = quantization.sampled_tokens(2100, recipe.stats_stride)
+    others = torch.ones(2100, dtype=torch.bool).index_fill_(0, sampled, False).nonzero()[:, 0]
+    v[0, others[5], 0, :16] = 100.0 * 2.0 ** torch.arange(16, device="cuda") / 2**7
+    v[0, others[-1], 1, -1] = -2000.0
+    v[1, sampled.cuda(), 0, 40:50] = 0.0  # the sample says nothing of these channels
+    v[1, :, 1, 3:12] = 0.0  # and these are zeros
+    v[1, others[7], 1, 4] = 2.0**-14
+    v[1, others[8], 1, 5] = float("nan")
+    v[1, others[9], 1, 6] = float("inf")
+    v[1, others[9], 1, 41] = 3000.0
+    v[1, others[10], 1, 41] = float("nan")
+    check(q, k, v, recipe)
+    scales = quantization.quantize_qkv(q, k, v, recipe).v_scale
+    assert (scales[0, 0, :16] > 1.5 * scales[0, 0, 20:36].max()).sum() in range(
+        1, 16
+    )  # some outgrow, not all
 
 
 @pytest.mark.parametrize("recipe", [*PRESETS.values(), EVERYTHING], ids=[*PRESETS, "everything"])
@@ -168,5 +205,5 @@ def test_more_than_2_to_31_elements(dtype: torch.dtype, seed: int) -> None:
     assert torch.equal(bits(ours[:, -200:]), bits(expected.q))
     assert torch.equal(scale[..., -200:], expected.q_scale)
     del ours, scale
-    codes, _ = quantize_kernels.quantize_v(whole, recipe, None, None)
+    codes, _, _ = quantize_kernels.quantize_v(whole, recipe, quantize_kernels.TokenStats())
     assert torch.equal(bits(codes[:, -1, :128, -208:]), bits(expected.v[:, -1, :128]))

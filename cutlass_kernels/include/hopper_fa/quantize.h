@@ -24,6 +24,7 @@ struct QuantizeInput {
 
 struct TokenStatsParams {
   QuantizeInput in;  // bf16 or fp16
+  int stride_shift;  // statistics of one token in 2^stride_shift, 0 to 3; but of kStatsTokens at least
   float* workspace;  // token_stats_workspace floats
   float* mean;       // (batch, heads, head_dim), written; null: not wanted
   bool smooth;       // x is going to be smoothed: amax is of x - mean
@@ -31,6 +32,9 @@ struct TokenStatsParams {
   // (batch, heads), kChannel: (batch, heads, head_dim).
   uint32_t* amax;
   Granularity granularity;
+  // Of a sample's amax, for QuantizeVParams: (batch, heads, slices of 32 channels), set to 0; null: not
+  // wanted.
+  uint32_t* outgrown;
 };
 
 struct QuantizeRowsParams {
@@ -53,12 +57,15 @@ struct QuantizeRowsParams {
 };
 
 struct QuantizeVParams {
-  QuantizeInput in;      // bf16, fp16; or e4m3, whose bytes are only moved
-  float* mean;           // (batch, heads, head_dim), of run_token_stats; null: neither of the two below
-  bool smooth;           // it is subtracted from V
-  bool compensate;       // then it loses the mean of what attention will see of V, scale * codes
+  QuantizeInput in;  // bf16, fp16; or e4m3, whose bytes are only moved
+  float* mean;       // (batch, heads, head_dim), of run_token_stats if smooth; null: neither of the two below
+  bool smooth;       // it is subtracted from V
+  bool compensate;   // then the mean of what rounding takes from V is added to it (to 0 if not smooth)
   uint32_t const* amax;  // of run_token_stats; null with kNone
   Granularity granularity;
+  // Of run_token_stats, whose amax is of a sample: scales leave room above it, and channels that outgrow that
+  // are rounded once more. null: amax is of every token. With it kChannel.
+  uint32_t* outgrown;
   void* out;     // (batch, heads, tile_d + 8, seqlen rounded up to 16), keys permuted; tile_d: 64, 128 or 256
   float* scale;  // (batch, heads, head_dim), written; null for e4m3
   float* workspace;  // token_stats_workspace floats; null without compensate
@@ -68,7 +75,7 @@ Status run_token_stats(TokenStatsParams const& params, CUstream_st* stream);
 Status run_quantize_rows(QuantizeRowsParams const& params, CUstream_st* stream);
 Status run_quantize_v(QuantizeVParams const& params, CUstream_st* stream);
 
-// Floats of TokenStatsParams.workspace.
+// Floats of TokenStatsParams.workspace, and of QuantizeVParams.workspace (without amax).
 int64_t token_stats_workspace(int batch, int seqlen, int heads, int head_dim, bool with_amax);
 
 // Whether this binary holds the kernels for an input type.
