@@ -24,34 +24,52 @@ struct ChunkPart {
   __device__ __forceinline__ int token(int i) const { return 2 * word + (i & 1) + 8 * (i >> 1); }
 };
 
-// Calls f(raw, g, g % 2) for the 8 groups of 16 tokens of a chunk, in order: row i of raw is token(i), or 0
-// where that is not among the first `tokens`. `rows` is this thread's first one. NOTE: the loads of kAhead
-// groups, 1 or 3, are under way during the arithmetic of one.
-template <bool kFull, int kAhead, class Part, class F>
-__device__ __forceinline__ void for_each_group(uint16_t const* rows, int64_t stride, int tokens,
-                                               Part const& part, F&& f) {
-  auto const load = [&](uint2(&raw)[4], int g) {
+// The 8 groups of 16 tokens of a chunk on their way to a thread, kAhead groups (1 or 3) ahead of the
+// arithmetic.
+template <int kAhead, class Part>
+class GroupLoads {
+ public:
+  // `rows` is this thread's first token, of which `tokens` exist in the chunk (none if negative). Starts
+  // loading.
+  __device__ __forceinline__ GroupLoads(uint16_t const* rows, int64_t stride, int tokens, Part const& part)
+      : rows_(rows), stride_(stride), tokens_(tokens), part_(part) {
+#pragma unroll
+    for (int g = 0; g < kAhead; ++g) load<false>(raw_[g], g);
+  }
+
+  // Calls f(raw, g, g % 2) for the groups in order: row i of raw is token(i), or 0 where that does not exist.
+  // kFull: all do.
+  template <bool kFull, class F>
+  __device__ __forceinline__ void for_each(F&& f) {
+    constexpr int kGroups = kStatsChunk / kKeyGroup;
+#pragma unroll 1
+    for (int first = 0; first < kGroups; first += kAhead + 1)
+#pragma unroll
+      for (int i = 0; i <= kAhead; ++i) {
+        int const g = first + i;
+        if (g + kAhead < kGroups) load<kFull>(raw_[(i + kAhead) % (kAhead + 1)], g + kAhead);
+        f(raw_[i], g, i % 2);  // a number to the compiler, which g is not
+      }
+  }
+
+ private:
+  template <bool kFull>
+  __device__ __forceinline__ void load(uint2 (&raw)[4], int g) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       raw[i] = make_uint2(0, 0);
-      int64_t const at = (i % 2 + 8 * (i / 2)) * stride;
-      if (kFull || g * kKeyGroup + part.token(i) < tokens)
-        raw[i] = __ldg(reinterpret_cast<uint2 const*>(rows + at));
+      int64_t const at = (i % 2 + 8 * (i / 2)) * stride_;
+      if (kFull || g * kKeyGroup + part_.token(i) < tokens_)
+        raw[i] = __ldg(reinterpret_cast<uint2 const*>(rows_ + at));
     }
-    rows += kKeyGroup * stride;
-  };
-  constexpr int kGroups = kStatsChunk / kKeyGroup;
-  uint2 raw[kAhead + 1][4];
-#pragma unroll
-  for (int g = 0; g < kAhead; ++g) load(raw[g], g);
-#pragma unroll 1
-  for (int first = 0; first < kGroups; first += kAhead + 1)
-#pragma unroll
-    for (int i = 0; i <= kAhead; ++i) {
-      int const g = first + i;
-      if (g + kAhead < kGroups) load(raw[(i + kAhead) % (kAhead + 1)], g + kAhead);
-      f(raw[i], g, i % 2);  // a number to the compiler, which g is not
-    }
-}
+    rows_ += kKeyGroup * stride_;
+  }
+
+  uint2 raw_[kAhead + 1][4];
+  uint16_t const* rows_;
+  int64_t stride_;
+  int tokens_;
+  Part const& part_;
+};
 
 }  // namespace hopper_fa

@@ -70,12 +70,12 @@ __global__ void __launch_bounds__(kVThreads) mend_v_kernel(__grid_constant__ Qua
   ChunkPart<kVSlice> const part;
   for (int first = 0; first < args.chunks; first += part.kChunks) {
     int const chunk = first + part.chunk;
-    if (args.errors)
-      round_chunk<kIn, true, false>(args, part, shared.channels, shared.codes[part.chunk], tile, chunk,
-                                    first_channel);
-    else
-      round_chunk<kIn, false, false>(args, part, shared.channels, shared.codes[part.chunk], tile, chunk,
-                                     first_channel);
+    auto loads = load_chunk<1>(args, part, tile, chunk, first_channel);
+    auto const round = [&](auto sums) {
+      round_chunk<kIn, sums.value, false>(args, part, loads, shared.channels, shared.codes[part.chunk], tile,
+                                          chunk, first_channel);
+    };
+    args.errors ? round(std::true_type{}) : round(std::false_type{});
     __syncthreads();
     constexpr int kGroups = kStatsChunk / kKeyGroup * part.kChunks;
     store_codes<kVSlice, kGroups>(args, tile, shared.codes, tile_columns(args.head_dim), first_channel,

@@ -62,14 +62,27 @@ __device__ __forceinline__ Scale scale_of_v(float amax, bool of_sample) {
   return of_sample ? scale_of(fmaxf(amax, kSmallestAmax), kE4M3Max / kHeadroom) : scale_of(amax, kE4M3Max);
 }
 
-// Chunk `chunk` of a head, its channels from first_channel on, by the threads of `part`: codes into shared
-// memory, their errors out. Returns whether a code of this thread may be saturated.
-template <DType kIn, bool kSums, bool kFull, class Part>
-__device__ __forceinline__ bool round_chunk(QuantizeVArguments const& args, Part const& part,
-                                            VChannel const* channels, uint4* codes, QuantizeTile const& tile,
-                                            int chunk, int first_channel = 0) {
-  int const first = chunk * kStatsChunk, tokens = args.seqlen - first;  // may be negative
+// Starts to load chunk `chunk` of a head, its channels from first_channel on, by the threads of `part`.
+template <int kAhead, class Part>
+__device__ __forceinline__ GroupLoads<kAhead, Part> load_chunk(QuantizeVArguments const& args,
+                                                               Part const& part, QuantizeTile const& tile,
+                                                               int chunk, int first_channel) {
+  int const first = chunk * kStatsChunk;
   // NOTE: unsigned, or its sign's extension is spilled.
+  uint32_t const channel = first_channel + 4 * part.quad;
+  bool const works = channel < static_cast<uint32_t>(args.head_dim);
+  return {args.v + tile.batch * args.batch_stride + tile.head * args.head_stride +
+              (first + 2 * part.word) * args.row_stride + channel,
+          args.row_stride, works ? args.seqlen - first : 0, part};
+}
+
+// Rounds what `loads` brings, of load_chunk: codes into shared memory, their errors out. Returns whether a
+// code of this thread may be saturated.
+template <DType kIn, bool kSums, bool kFull, class Part, class Loads>
+__device__ __forceinline__ bool round_chunk(QuantizeVArguments const& args, Part const& part, Loads& loads,
+                                            VChannel const* channels, uint4* codes, QuantizeTile const& tile,
+                                            int chunk, int first_channel) {
+  int const tokens = args.seqlen - chunk * kStatsChunk;  // may be negative
   uint32_t const channel = first_channel + 4 * part.quad;
   bool const works = channel < static_cast<uint32_t>(args.head_dim);
   int const mine = works ? tokens : 0;
@@ -104,26 +117,26 @@ __device__ __forceinline__ bool round_chunk(QuantizeVArguments const& args, Part
       for (int c = 0; c < 4; c += 2) add_codes(code_sum[parity][c / 2], words[c], words[c + 1]);
     }
   };
-  auto const round_all = [&](auto filter) {
+  auto const round_all = [&](auto& loads, auto filter) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) code_sum[i / 8][i / 4 % 2][i % 4] = 0.f;
 #pragma unroll
     for (int c = 0; c < 4; ++c) sum[c] = 0.f;
-    auto const v = args.v + tile.batch * args.batch_stride + tile.head * args.head_stride +
-                   (first + 2 * part.word) * args.row_stride + channel;
-    for_each_group<kFull, filter ? 1 : 3>(
-        v, args.row_stride, mine, part,
+    loads.template for_each<kFull>(
         [&](uint2 const(&raw)[4], int g, int parity) { round(raw, g, parity, filter.value); });
   };
 
-  round_all(std::false_type{});
+  round_all(loads, std::false_type{});
   if constexpr (kSums) {
     // A NaN stays in its sum, so finite sums need no second look.
     // NOTE: a warp's threads look again together, as its products want them.
     bool finite = true;
 #pragma unroll
     for (int c = 0; c < 4; ++c) finite = finite && is_finite(sum[c]);
-    if (__any_sync(~0u, works && !finite)) round_all(std::true_type{});
+    if (__any_sync(~0u, works && !finite)) {
+      auto again = load_chunk<1>(args, part, tile, chunk, first_channel);
+      round_all(again, std::true_type{});
+    }
     float error[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -176,23 +189,25 @@ __global__ void __launch_bounds__(kVThreads, 2)
   constexpr int kGroups = kStatsChunk / kKeyGroup * part.kChunks;  // of a CTA
   // NOTE: last tile first: what the statistics read last may still lie in L2.
   QuantizeTile const tile = args.tiles.get(gridDim.x - 1 - blockIdx.x);
+  int const chunk = tile.block * part.kChunks + part.chunk;
+  auto loads = load_chunk<3>(args, part, tile, chunk, 0);
   int64_t const head_channels = static_cast<int64_t>(tile.batch * args.heads + tile.head) * args.head_dim;
   for (int c = threadIdx.x; c < args.head_dim; c += kVThreads) {
+    float const mean = args.mean ? args.mean[head_channels + c] : 0.f;
     Scale scale = {1.f, 1.f};
     if (args.amax) {
       int64_t const at = tile.batch * args.amax_batch + tile.head * args.amax_head + c * args.amax_channel;
       scale = scale_of_v(__uint_as_float(args.amax[at]), args.outgrown != nullptr);
     }
     if (tile.block == 0) args.scale[head_channels + c] = scale.scale;
-    shared.channels[c] = {args.mean ? args.mean[head_channels + c] : 0.f, scale.inverse};
+    shared.channels[c] = {mean, scale.inverse};
   }
   __syncthreads();
 
-  int const chunk = tile.block * part.kChunks + part.chunk;
   bool const full = kColumns == args.head_dim && (chunk + 1) * kStatsChunk <= args.seqlen;
   auto const round = [&](auto sums, auto is_full) {
-    return round_chunk<kIn, sums.value, is_full.value>(args, part, shared.channels, shared.codes[part.chunk],
-                                                       tile, chunk);
+    return round_chunk<kIn, sums.value, is_full.value>(args, part, loads, shared.channels,
+                                                       shared.codes[part.chunk], tile, chunk, 0);
   };
   bool outgrown;
   if (args.errors) {
