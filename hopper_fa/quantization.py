@@ -25,9 +25,9 @@ _KEPT_BITS = 25  # below the exponent of the largest of 16 terms, in that step
 # Below it a group is all zeros to us: it stays clear of denormal scales and of an infinite inverse.
 _SMALLEST_AMAX = 2.0**-100
 # Where V's maxima are a sample's, its largest code is E4M3_MAX / _HEADROOM: what the sample left out may be
-# so much larger. That costs denormal codes below 1/896 of the sample's maximum, and nothing else.
+# so much larger. Codes are denormal below 1/896 of the sample's maximum, and the largest is not 448 exactly.
 _HEADROOM = 32
-_SATURATES = 432.0  # what rounds to 448
+_SATURATES = 432.0  # from here on all is rounded to 448
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def sampled_tokens(seqlen: int, stride: int) -> torch.Tensor:
     """Indices of the tokens that statistics are taken over: int64, ascending; all of them if stride is 1.
 
     One in each whole group of 2**stats_shift neighbours, by a multiplicative hash of the group's number, so
-    that no period of the tokens (a rotary embedding's, a pattern's) meets one of the sample.
+    that no short period of the tokens (a rotary embedding's, a pattern's) meets one of the sample.
     """
     shift = stats_shift(seqlen, stride)
     group = torch.arange(seqlen >> shift)
@@ -276,7 +276,7 @@ def sampled_tokens(seqlen: int, stride: int) -> torch.Tensor:
 
 
 def v_stats_stride(recipe: Fp8Recipe) -> int:
-    """stats_stride as it is for V: only the maxima of a channel may be a sample's."""
+    """stats_stride as it is for V: 1 where channels share a scale."""
     return 1 if recipe.v_granularity in ("tensor", "head") else recipe.stats_stride
 
 

@@ -13,7 +13,6 @@ from hopper_fa.quantization import (
     PITCH,
     QuantizedQKV,
     rotation_signs,
-    stats_shift,
     v_stats_stride,
 )
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
@@ -94,20 +93,20 @@ def token_stats(
         granularity: "tensor", "head", "channel": whose maxima are wanted; None: none.
     """
     batch, seqlen, heads, head_dim = x.shape
-    shift = stats_shift(seqlen, stride)
-    floats = _C.token_stats_workspace(batch, seqlen >> shift, heads, head_dim, granularity is not None)
+    shift = stride.bit_length() - 1
+    floats = _C.token_stats_workspace(batch, seqlen, shift, heads, head_dim, granularity is not None)
     workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
     of_x = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=x.device) if mean else None
     amax = outgrown = None
     if granularity is not None:
         shape = {"tensor": (1,), "head": (batch, heads)}.get(granularity, (batch, heads, head_dim))
         amax = torch.empty(shape, dtype=torch.int32, device=x.device)
-        if shift:
+        if _C.stats_shift(seqlen, shift):
             slices = -(-head_dim // _C.V_SLICE)
             outgrown = torch.empty(batch, heads, slices, dtype=torch.int32, device=x.device)
     # fmt: off
     _run(
-        _C.token_stats, x, stride.bit_length() - 1, _pointer(workspace), _pointer(of_x), mean and smooth,
+        _C.token_stats, x, shift, _pointer(workspace), _pointer(of_x), mean and smooth,
         _pointer(amax), _C.GRANULARITIES[granularity or "none"], _pointer(outgrown),
     )
     # fmt: on
@@ -183,7 +182,7 @@ def quantize_v(
     mean, workspace = stats.mean, None
     if recipe.compensate_v:
         mean = torch.empty_like(scale) if mean is None else mean
-        floats = _C.token_stats_workspace(batch, seqlen, heads, head_dim, False)
+        floats = _C.token_stats_workspace(batch, seqlen, 0, heads, head_dim, False)
         workspace = torch.empty(max(1, floats), dtype=torch.float32, device=v.device)
     # fmt: off
     _run(

@@ -37,7 +37,8 @@ class Fp8Recipe:
         rotation: "hadamard" multiplies Q and K by one random orthogonal matrix, which spreads outliers over
             the channels and leaves q . k as it was.
         rotation_seed: of the random signs in that matrix.
-        smooth_k: subtract K's mean over the keys of a head. Exact: it shifts all scores of a row alike.
+        smooth_k: subtract K's mean over the keys of a head (see stats_stride). Exact: it shifts all scores of
+            a row alike.
         smooth_q: subtract Q's mean over the rows of a head. What that takes out of the scores, a number a
             key, is added to them in float32.
         smooth_v: subtract V's mean over the keys of a head, and add it to the output. Exact.
@@ -47,7 +48,7 @@ class Fp8Recipe:
             token in so many (1, 2, 4 or 8; spread over the sequence, at least STATS_TOKENS, see
             `quantization.sampled_tokens`), so that K and V are read once and not twice. Smoothing is exact
             with any vector. A channel of V whose other tokens exceed what its scale leaves room for gets the
-            scale of its true maximum, and is read again.
+            scale of its true maximum, and is read again. Where channels of V share a scale, all tokens count.
         p_offset: P is exp2(score - maximum + p_offset): the higher, the fewer small P become 0.
         rescale_threshold: growth of the row maximum, in log2, that the output is not yet rescaled for; 0
             rescales at every growth. The higher, the more blocks the kernel needs no row's maximum of.
@@ -84,7 +85,7 @@ class Fp8Recipe:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}; pass one of them.")
-        if self.stats_stride not in STATS_STRIDES:
+        if type(self.stats_stride) is not int or self.stats_stride not in STATS_STRIDES:
             raise ValueError(
                 f"stats_stride is {self.stats_stride!r}; it must be one of {STATS_STRIDES}; pass one of them."
             )
@@ -128,7 +129,7 @@ class Fp8Recipe:
             q_granularity, k_granularity: a scale over a tensor, group, head or block is the largest element
                 of later tokens too; only "token" is a token's own.
             v_granularity: every scale runs over all keys; only "none" does not.
-            smooth_k, smooth_q, smooth_v, compensate_v: means over all tokens. Smoothing is exact, but what is
+            smooth_k, smooth_q, smooth_v, compensate_v: means over tokens. Smoothing is exact, but what is
                 left to round changes.
             stats_stride: how much of the tokens those two lines mean; what it leaves out can still decide
                 V's scale.

@@ -28,6 +28,8 @@ struct ChunkPart {
 // arithmetic.
 template <int kAhead, class Part>
 class GroupLoads {
+  static_assert(kAhead % 2 && kStatsChunk / kKeyGroup % (kAhead + 1) == 0);
+
  public:
   // `rows` is this thread's first token, of which `tokens` exist in the chunk (none if negative). Starts
   // loading.

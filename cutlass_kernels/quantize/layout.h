@@ -8,25 +8,16 @@
 
 namespace hopper_fa {
 
-constexpr int kStatsChunk = 128;   // tokens whose sum is formed first in a mean
-constexpr int kStatsLanes = 16;    // sums a chunk, which are then added pairwise
-constexpr int kStatsTokens = 128;  // that a sample has at least
-constexpr int kVSlice = 32;        // channels of V that share a flag and are mended together
-constexpr int kKeyGroup = 16;      // keys that are permuted among themselves in V
-constexpr int kOnesRows = 8;       // rows of V below the channels, the first of them ones
+constexpr int kStatsChunk = 128;  // tokens whose sum is formed first in a mean
+constexpr int kStatsLanes = 16;   // sums a chunk, which are then added pairwise
+constexpr int kVSlice = 32;       // channels of V that share a flag and are mended together
+constexpr int kKeyGroup = 16;     // keys that are permuted among themselves in V
+constexpr int kOnesRows = 8;      // rows of V below the channels, the first of them ones
 constexpr int kMaxHeadDim = 256;
 constexpr int kRotateGroup = 16;  // columns that one product of the rotation mixes
 
-// Of 2^stats_shift neighbouring tokens one is sampled: of stride_shift's, or of as many as leave
-// kStatsTokens.
-HOPPER_FA_HOST_DEVICE int stats_shift(int seqlen, int stride_shift) {
-  int shift = stride_shift;
-  while (shift && seqlen >> shift < kStatsTokens) --shift;
-  return shift;
-}
-
-// The sampled token of 2^shift neighbours, by a multiplicative hash of their group's number: no period of the
-// tokens is one of the sample.
+// The sampled token of 2^shift neighbours, by a multiplicative hash of their group's number: no short period
+// of the tokens is one of the sample.
 HOPPER_FA_HOST_DEVICE int sampled_token(int group, int shift) {
   return shift == 0 ? group : (group << shift) + static_cast<int>(group * 0x9e3779b1u >> (32 - shift));
 }

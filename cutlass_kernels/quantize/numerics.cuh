@@ -11,7 +11,7 @@ namespace hopper_fa {
 constexpr float kE4M3Max = 448.f, kInt8Max = 127.f;
 constexpr float kSmallestAmax = 0x1p-100f;  // below it a group counts as zeros
 constexpr float kHeadroom = 32.f;           // that V's scale leaves above the maximum of a sample
-constexpr float kSaturates = 432.f;         // what rounds to 448
+constexpr float kSaturates = 432.f;         // from here on all is rounded to 448
 
 // Until the launches before this one in the stream are done, and then lets the next one's CTAs begin when
 // this one's are all under way. Every kernel calls it first, so what any earlier launch wrote is there.

@@ -49,13 +49,19 @@ bool is_v_granularity(Granularity g) {
 
 bool has_quantize(DType dtype) { return find(dtype, &QuantizeInstance::v) != nullptr; }
 
-int64_t token_stats_workspace(int batch, int seqlen, int heads, int head_dim, bool with_amax) {
-  return int64_t(batch) * heads * ceil_div(seqlen, kStatsChunk) * head_dim * (with_amax ? 2 : 1);
+int64_t token_stats_workspace(int batch, int seqlen, int stride_shift, int heads, int head_dim,
+                              bool with_amax) {
+  int const tokens = seqlen >> stats_shift(seqlen, stride_shift);
+  return int64_t(batch) * heads * ceil_div(tokens, kStatsChunk) * head_dim * (with_amax ? 2 : 1);
 }
 
 Status run_token_stats(TokenStatsParams const& p, CUstream_st* stream) {
-  bool const fits = (!p.amax || is_v_granularity(p.granularity)) && (p.mean || !p.smooth) &&
-                    p.stride_shift >= 0 && p.stride_shift <= 3 && (!p.outgrown || p.amax);
+  bool const stride = p.stride_shift >= 0 && p.stride_shift <= 3;
+  bool const sampled = stride && stats_shift(p.in.seqlen, p.stride_shift) > 0;
+  bool const granularity = sampled ? p.granularity == Granularity::kChannel : is_v_granularity(p.granularity);
+  bool const outgrown = p.amax && sampled;
+  bool const fits =
+      stride && (p.mean || !p.smooth) && (!p.amax || granularity) && outgrown == (p.outgrown != nullptr);
   return run(p, &QuantizeInstance::token_stats, fits, stream);
 }
 

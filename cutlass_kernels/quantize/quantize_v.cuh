@@ -31,9 +31,11 @@ struct QuantizeVArguments {
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
   uint8_t* out;
   float* scale;
-  float* errors;  // (batch, heads, chunks of 128 keys, head_dim): sums of scaled elements less codes; may be
-                  // null
-  uint32_t* outgrown;  // (batch, heads, slices of 32 channels): set where a code is saturated; may be null
+  // (batch, heads, chunks of 128 keys, head_dim): sums of scaled elements less codes; may be null.
+  float* errors;
+  // (batch, heads, slices of 32 channels): set where an element needs more room than a sample's scale leaves;
+  // may be null.
+  uint32_t* outgrown;
 };
 
 // What the arithmetic needs of a channel.

@@ -25,7 +25,7 @@ struct TokenStatsArguments {
   float* workspace;
   bool extremes;
   float* mean;
-  bool smooth;
+  bool smooth;              // amax is of x - mean; with code_scale: mean holds what was subtracted
   float const* code_scale;  // the sums are of what rounding to its codes took: times it, for mean
   uint32_t* amax;
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
@@ -186,6 +186,7 @@ __global__ void __launch_bounds__(512, 2)
 template <DType kIn, int kWarps, int kLoads>
 __global__ void __launch_bounds__(32 * kWarps)
     finish_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
+  static_assert(kVSlice == 32);  // a CTA's element of outgrown is its slice's
   wait_for_stream();
   __shared__ float shared[3][kWarps][32];
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;

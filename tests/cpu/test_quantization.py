@@ -72,6 +72,7 @@ def test_presets_say_what_they_leak() -> None:
         ("rescale_threshold", -1.0),
         ("stats_stride", 3),
         ("stats_stride", 0),
+        ("stats_stride", 8.0),
     ],
 )
 def test_recipe_refuses(field: str, value: object) -> None:

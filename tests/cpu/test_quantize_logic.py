@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hopper_fa import quantization
-from hopper_fa.kernels import _C
+from hopper_fa.kernels import _C, STATUS_SENTENCES
 
 HEAD_DIMS = range(8, 257, 8)
 SHARED_MEMORY_BANKS = 8  # of 16 bytes: what eight threads read or write at once
@@ -78,6 +78,29 @@ def test_sampled_tokens() -> None:
     for period in range(2, 65):
         counts = torch.bincount(tokens % period, minlength=period)
         assert counts.max() < 1.5 * len(tokens) / period and counts.min() > 0.5 * len(tokens) / period
+
+
+@pytest.mark.skipif("bf16" not in _C.quantize_dtypes(), reason="this build holds no quantisation kernels")
+def test_statistics_refuse_what_v_would_misread() -> None:
+    """A sample's maxima without a place to note what outgrows them, of shared scales; and the reverse."""
+    x = torch.zeros(2, 1100, 4, 72, dtype=torch.bfloat16)
+    workspace, mean, amax, outgrown = (torch.zeros(size) for size in (10**5, 576, 576, 24))
+    refused = [
+        (3, amax, "channel", None),
+        (3, amax, "head", outgrown),
+        (3, amax, "tensor", None),
+        (0, amax, "channel", outgrown),
+        (3, None, "none", outgrown),
+        (4, None, "none", None),
+        (-1, None, "none", None),
+    ]
+    for shift, amax_of, granularity, flags in refused:
+        pointers = [0 if t is None else t.data_ptr() for t in (workspace, mean, amax_of, flags)]
+        status = _C.token_stats(
+            _C.DTYPES["bf16"], x.data_ptr(), *x.stride()[:3], *x.shape, shift, *pointers[:2], True,
+            pointers[2], _C.GRANULARITIES[granularity], pointers[3], 0,
+        )  # fmt: skip
+        assert "refused" in STATUS_SENTENCES[status], (shift, granularity)
 
 
 def test_code_slots() -> None:

@@ -98,22 +98,30 @@ def run_attention(
 
 
 def run_quantization(options: argparse.Namespace, generator: torch.Generator) -> int:
-    """BF16 tensors of several tiles a CTA, three presets and all smoothing; how many ran."""
+    """BF16 tensors of several tiles a CTA, V that outgrows its sample; three presets and all smoothing."""
     if "bf16" not in quantize_kernels.DTYPES:
         return 0
-    recipes = (Fp8Recipe.default(), Fp8Recipe.causal_safe(), Fp8Recipe.fa3())
-    recipes += (replace(recipes[0], smooth_q=True, q_granularity="token"),)
+    default = Fp8Recipe.default()
+    recipes = (default, Fp8Recipe.causal_safe(), Fp8Recipe.fa3())
+    recipes += (replace(default, smooth_q=True, q_granularity="token"),)
+    names = ("q", "k", "v", "q_scale", "k_scale", "v_scale", "v_mean")
     runs = 0
     for head_dim in options.head_dim or [40, 64, 128, 256]:
-        for heads_kv in (32, 64):
-            sizes = [(6, s, h, head_dim) for s, h in ((130, 64), (260, heads_kv), (260, heads_kv))]
+        for heads_kv, seqlen_k in ((32, 260), (64, 260), (2, 1100)):
+            sizes = [(6, s, h, head_dim) for s, h in ((130, 64), (seqlen_k, heads_kv), (seqlen_k, heads_kv))]
             q, k, v = (torch.randn(size, generator=generator, device="cuda").bfloat16() for size in sizes)
+            sampled = quantization.sampled_tokens(seqlen_k, default.stats_stride).tolist()
+            other = next(token for token in reversed(range(seqlen_k)) if token not in sampled)
+            v[0, other, 0, -1], v[1, other, 1, 0] = 3000.0, -3000.0
+            v[1, 0, 1, 1] = float("nan")
             for recipe in recipes:
                 got = quantize_kernels.quantize_qkv(q, k, v, recipe)
                 want = quantization.quantize_qkv(q, k, v, recipe)
-                for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale"):
-                    a, b = (getattr(x, name).view(torch.uint8) for x in (got, want))
-                    if not torch.equal(a, b):
+                for name in names:
+                    a, b = (getattr(x, name) for x in (got, want))
+                    if (a is None) != (b is None):
+                        raise SystemExit(f"quantisation d{head_dim}, {recipe}: {name} is None in one of two")
+                    if a is not None and not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                         raise SystemExit(f"quantisation d{head_dim}, {recipe}: {name} is not the reference's")
                 runs += 1
     return runs

@@ -22,18 +22,27 @@ struct QuantizeInput {
   int batch, seqlen, heads, head_dim;  // head_dim a multiple of 8, at most 256
 };
 
+constexpr int kStatsTokens = 128;  // that a sample has at least
+
+// Statistics are of one token in 2^(what this returns): of stride_shift, or of less, to leave kStatsTokens.
+inline int stats_shift(int seqlen, int stride_shift) {
+  int shift = stride_shift;
+  while (shift && seqlen >> shift < kStatsTokens) --shift;
+  return shift;
+}
+
 struct TokenStatsParams {
   QuantizeInput in;  // bf16 or fp16
-  int stride_shift;  // statistics of one token in 2^stride_shift, 0 to 3; but of kStatsTokens at least
+  int stride_shift;  // 0 to 3, see stats_shift
   float* workspace;  // token_stats_workspace floats
   float* mean;       // (batch, heads, head_dim), written; null: not wanted
   bool smooth;       // x is going to be smoothed: amax is of x - mean
   // Written: the largest finite |x| or |x - mean| as float bits; null: not wanted. kTensor: one, kHead:
-  // (batch, heads), kChannel: (batch, heads, head_dim).
+  // (batch, heads), kChannel: (batch, heads, head_dim); of a sample kChannel only.
   uint32_t* amax;
   Granularity granularity;
-  // Of a sample's amax, for QuantizeVParams: (batch, heads, slices of 32 channels), set to 0; null: not
-  // wanted.
+  // For QuantizeVParams, where amax is of a sample; else null: (batch, heads, slices of 32 channels), set to
+  // 0.
   uint32_t* outgrown;
 };
 
@@ -75,8 +84,10 @@ Status run_token_stats(TokenStatsParams const& params, CUstream_st* stream);
 Status run_quantize_rows(QuantizeRowsParams const& params, CUstream_st* stream);
 Status run_quantize_v(QuantizeVParams const& params, CUstream_st* stream);
 
-// Floats of TokenStatsParams.workspace, and of QuantizeVParams.workspace (without amax).
-int64_t token_stats_workspace(int batch, int seqlen, int heads, int head_dim, bool with_amax);
+// Floats of TokenStatsParams.workspace, and, with stride_shift 0 and without amax, of
+// QuantizeVParams.workspace.
+int64_t token_stats_workspace(int batch, int seqlen, int stride_shift, int heads, int head_dim,
+                              bool with_amax);
 
 // Whether this binary holds the kernels for an input type.
 bool has_quantize(DType dtype);
