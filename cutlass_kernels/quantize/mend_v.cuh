@@ -2,8 +2,8 @@
 // once more.
 //
 // A CTA looks at one slice's flag and is done, unless it is set. Then it reads the slice twice: for its true
-// maxima, and to round it, the channels that were not outgrown to the same codes. Nothing here is fast, but a
-// few flags cost less than reading all of V for maxima first.
+// maxima, and to round it, the channels that were not outgrown to the same codes. NOTE: one CTA has some 30
+// KB under way, so a slice takes as long as all of them, a few us for 1000 keys.
 #pragma once
 
 #include "quantize/quantize_v.cuh"
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kVThreads) mend_v_kernel(__grid_constant__ Qua
     auto const v =
         args.v + tile.batch * args.batch_stride + tile.head * args.head_stride + first_channel + 4 * quad;
     float amax[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
+#pragma unroll 16  // loads under way: a slice has one CTA
     for (int token = threadIdx.x / kQuads; token < args.seqlen; token += kVThreads / kQuads) {
       uint2 const raw = __ldg(reinterpret_cast<uint2 const*>(v + token * args.row_stride));
       float2 const low = unpack<kIn>(raw.x), high = unpack<kIn>(raw.y);
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kVThreads) mend_v_kernel(__grid_constant__ Qua
   ChunkPart<kVSlice> const part;
   for (int first = 0; first < args.chunks; first += part.kChunks) {
     int const chunk = first + part.chunk;
-    auto loads = load_chunk<1>(args, part, tile, chunk, first_channel);
+    auto loads = load_chunk<3>(args, part, tile, chunk, first_channel);
     auto const round = [&](auto sums) {
       round_chunk<kIn, sums.value, false>(args, part, loads, shared.channels, shared.codes[part.chunk], tile,
                                           chunk, first_channel);
