@@ -1,8 +1,8 @@
 """From Q, K and V to 8-bit tensors and their scales: smoothing, rotation, rounding, V's layout.
 
 All arithmetic is float32 in a fixed order of operations, so that a kernel can reproduce every bit; where a
-tensor core adds in the kernel, `_mix_sixteens` and `_mean_error` add as it does. What a recipe asks for is in
-hopper_fa/recipe.py.
+tensor core adds in the kernel, `_mix_sixteens` and `token_stats.mean_error` add as it does. What a recipe
+asks for is in hopper_fa/recipe.py.
 """
 
 import math
@@ -11,15 +11,14 @@ from functools import cached_property
 
 import torch
 
-from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, STATS_TOKENS, Fp8Recipe
+from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
+from hopper_fa.token_stats import mean_error, sampled_tokens, stats_shift, token_mean, tree_sum
 from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes
 
 PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
 ONES_ROWS = (
     8  # rows of V^T below the channels: one of ones, the others 0, because products are 8 columns wide
 )
-_CHUNK = 128  # tokens whose sum is formed first in a mean
-_LANES = 16  # sums a chunk, that are then added pairwise
 _SIXTEEN = 16  # columns that the rotation's first step mixes
 _KEPT_BITS = 25  # below the exponent of the largest of 16 terms, in that step
 # Below it a group is all zeros to us: it stays clear of denormal scales and of an infinite inverse.
@@ -154,15 +153,14 @@ def quantize_qkv(
 
     lse_shift = key_bias = q_mean = k_mean = v_mean = signs = None
     if recipe.smooth_k:
-        k_mean = _sampled_mean(k32, recipe.stats_stride)[:, :, None]
+        k_mean = token_mean(k32, recipe.stats_stride)[:, :, None]
         lse_shift = _dot(q32, k_mean.repeat_interleave(group, 1))
     if recipe.smooth_q:
-        q_mean = _sampled_mean(q32, recipe.stats_stride)[:, :, None]
+        q_mean = token_mean(q32, recipe.stats_stride)[:, :, None]
         smoothed = k32 if k_mean is None else k32 - k_mean
         key_bias = _dot(smoothed.repeat_interleave(group, 1), q_mean)
-    v_stride = v_stats_stride(recipe)
     if recipe.smooth_v:
-        v_mean = _sampled_mean(v32, v_stride)
+        v_mean = token_mean(v32, recipe.v_stats_stride)
         v32 = v32 - v_mean[:, :, None]
     if recipe.rotation == "hadamard":
         signs = rotation_signs(head_dim, recipe.rotation_seed).to(q.device)
@@ -171,11 +169,11 @@ def quantize_qkv(
     q_rows, k_rows = smooth_and_rotate(q32, q_mean, signs), smooth_and_rotate(k32, k_mean, signs)
     q_codes, q_scale = _quantize_rows(*q_rows, recipe.q_granularity, Q_BLOCK, limit, group)
     k_codes, k_scale = _quantize_rows(*k_rows, recipe.k_granularity, K_BLOCK, limit)
-    v_scale, v_inverse = _v_scale(v32, recipe.v_granularity, v_stride)
+    v_scale, v_inverse = _v_scale(v32, recipe.v_granularity, recipe.v_stats_stride)
     v_scaled = v32 * v_inverse[:, :, None]
     v_codes = _to_e4m3(v_scaled)
     if recipe.compensate_v:
-        error = v_scale * _mean_error(v_scaled, v_codes)
+        error = v_scale * mean_error(v_scaled, v_codes)
         v_mean = error if v_mean is None else v_mean + error
     return QuantizedQKV(
         q=_pad_channels(q_codes.transpose(1, 2)),
@@ -256,30 +254,6 @@ def from_fp8(
     )
 
 
-def stats_shift(seqlen: int, stride: int) -> int:
-    """log2 of the tokens of which statistics take one: `stride`, or what leaves STATS_TOKENS of them."""
-    shift = stride.bit_length() - 1
-    while shift and seqlen >> shift < STATS_TOKENS:
-        shift -= 1
-    return shift
-
-
-def sampled_tokens(seqlen: int, stride: int) -> torch.Tensor:
-    """Indices of the tokens that statistics are taken over: int64, ascending; all of them if stride is 1.
-
-    One in each whole group of 2**stats_shift neighbours, by a multiplicative hash of the group's number, so
-    that no short period of the tokens (a rotary embedding's, a pattern's) meets one of the sample.
-    """
-    shift = stats_shift(seqlen, stride)
-    group = torch.arange(seqlen >> shift)
-    return (group << shift) + (group * 0x9E3779B1 % 2**32 >> 32 - shift)
-
-
-def v_stats_stride(recipe: Fp8Recipe) -> int:
-    """stats_stride as it is for V: 1 where channels share a scale."""
-    return 1 if recipe.v_granularity in ("tensor", "head") else recipe.stats_stride
-
-
 def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
     """The rotation's random signs: (head_dim,) float32 of +-1, the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
@@ -348,74 +322,9 @@ def _mix_sixteens(x: torch.Tensor) -> torch.Tensor:
     return torch.where(finite, rounded, float("nan")).flatten(-2)[..., :head_dim]
 
 
-def _token_mean(x: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of x (batch, heads, seqlen, head_dim): (batch, heads, head_dim).
-
-    Non-finite elements count as 0. The order of the additions: 128 tokens make a chunk (the last is filled up
-    with zeros); lane r of 16 adds its tokens r, r + 16, r + 32, ... one after the other; then `_tree_sum` of
-    the lanes, and of the chunks.
-    """
-    seqlen = x.shape[2]
-    chunks = max(1, -(-seqlen // _CHUNK))
-    padded = x.new_zeros(*x.shape[:2], chunks * _CHUNK, x.shape[3])
-    padded[:, :, :seqlen] = torch.where(x.isfinite(), x, 0.0)
-    lanes = padded.unflatten(2, (chunks, _CHUNK // _LANES, _LANES))
-    total = lanes[:, :, :, 0]
-    for i in range(1, _CHUNK // _LANES):
-        total = total + lanes[:, :, :, i]  # (batch, heads, chunks, _LANES, head_dim)
-    total = _tree_sum(_tree_sum(total, 3), 2)
-    return total / torch.full_like(total, max(1, seqlen))
-
-
-def _sampled_mean(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """`_token_mean` of the tokens that `sampled_tokens` names."""
-    return _token_mean(x[:, :, sampled_tokens(x.shape[2], stride).to(x.device)])
-
-
-def _mean_error(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of x (batch, heads, seqlen, head_dim) less its e4m3 codes: (batch, heads, head_dim).
-
-    What is not finite counts as 0 in both. Of a chunk of 128 tokens, the sums of codes over the even and over
-    the odd groups of 16 are exact, as multiples of 2^-9 up to 448 * 64; the two are added. x is added in the
-    order in which a thread has it: thread t of 4 holds tokens 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of every 16, and
-    adds them one after the other; then come the sums of threads t and t ^ 1, and of t and t ^ 2. Last the
-    difference, `_tree_sum` of the chunks and the division.
-    """
-    seqlen = codes.shape[2]
-    padding = (0, 0, 0, max(1, -(-seqlen // _CHUNK)) * _CHUNK - seqlen)
-    finite = x.isfinite()
-    values = torch.nn.functional.pad(torch.where(finite, codes.float(), 0.0), padding)
-    of_codes = values.unflatten(2, (-1, 4, 2, 16)).sum((3, 5), dtype=torch.float64).float()
-    of_codes = of_codes[:, :, :, 0] + of_codes[:, :, :, 1]
-    x = torch.nn.functional.pad(torch.where(finite, x, 0.0), padding)
-    x = x.unflatten(2, (-1, 8, 2, 4, 2))  # chunk, group of 16, h, t, i
-    sums = torch.zeros_like(x[:, :, :, 0, 0, :, 0])  # (batch, heads, chunks, t, head_dim)
-    for group in range(8):
-        for h in range(2):
-            for i in range(2):
-                sums = sums + x[:, :, :, group, h, :, i]
-    sums = sums[:, :, :, 0::2] + sums[:, :, :, 1::2]
-    sums = sums[:, :, :, 0] + sums[:, :, :, 1]
-    total = _tree_sum(sums - of_codes, 2)
-    return total / torch.full_like(total, max(1, seqlen))
-
-
-def _tree_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sum over `dim`: filled up with zeros to a power of two, then s[i] + s[i + half] until one is left."""
-    size = 1 << (x.shape[dim] - 1).bit_length()
-    if size > x.shape[dim]:
-        filler = list(x.shape)
-        filler[dim] = size - x.shape[dim]
-        x = torch.cat((x, x.new_zeros(filler)), dim)
-    while size > 1:
-        size //= 2
-        x = x.narrow(dim, 0, size) + x.narrow(dim, size, size)
-    return x.squeeze(dim)
-
-
 def _dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Sum over the last dimension of x * y: each product rounded, then `_tree_sum`."""
-    return _tree_sum(x * y, -1)
+    """Sum over the last dimension of x * y: each product rounded, then `tree_sum`."""
+    return tree_sum(x * y, -1)
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hopper_fa.kernels import _C, DTYPE_NAMES, STATUS_SENTENCES
-from hopper_fa.quantization import (
-    ONES_ROWS,
-    PITCH,
-    QuantizedQKV,
-    rotation_signs,
-    v_stats_stride,
-)
+from hopper_fa.quantization import ONES_ROWS, PITCH, QuantizedQKV, rotation_signs
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
 
 # Input types ("bf16", "fp16", "e4m3") that this build holds kernels for.
@@ -44,7 +38,7 @@ def quantize_qkv(
 
     q_mean = token_stats(q, recipe.stats_stride).mean if recipe.smooth_q else None
     k_mean = token_stats(k, recipe.stats_stride).mean if recipe.smooth_k else None
-    # K first: its statistics have just read it, and L2 still holds half of it.
+    # K first: its statistics have just read it, and where they are of every token L2 still holds half of it.
     k_codes, k_scale, key_bias = quantize_rows(k, recipe, k_mean, q_mean, group, queries=False)
     q_codes, q_scale, lse_shift = quantize_rows(q, recipe, q_mean, k_mean, group, queries=True)
     v_codes, v_scale, v_mean = quantize_v(v, recipe, v_stats(v, recipe))
@@ -70,8 +64,8 @@ class TokenStats(NamedTuple):
 
     Attributes:
         mean: (batch, heads, head_dim) float32.
-        amax: the largest finite |x - mean| (of |x| without smooth) as float32 bits in int32: (1,),
-            (batch, heads) or (batch, heads, head_dim).
+        amax: the largest finite |x - mean| (|x| without mean) as float32 bits in int32: (1,), (batch, heads)
+            or (batch, heads, head_dim).
         outgrown: (batch, heads, slices of _C.V_SLICE channels) int32 zeros, where amax is a sample's:
             `quantize_v` notes there which slices hold something larger than amax allows for.
     """
@@ -82,14 +76,13 @@ class TokenStats(NamedTuple):
 
 
 def token_stats(
-    x: torch.Tensor, stride: int = 1, mean: bool = True, smooth: bool = True, granularity: str | None = None
+    x: torch.Tensor, stride: int = 1, mean: bool = True, granularity: str | None = None
 ) -> TokenStats:
     """Statistics over the tokens of x (batch, seqlen, heads, head_dim), bfloat16 or float16.
 
     Args:
-        stride: one token in so many is looked at, see `quantization.sampled_tokens`.
+        stride: one token in so many is looked at, see `hopper_fa.token_stats.sampled_tokens`.
         mean: whether it is wanted.
-        smooth: whether it is going to be subtracted from x; asks for mean.
         granularity: "tensor", "head", "channel": whose maxima are wanted; None: none.
     """
     batch, seqlen, heads, head_dim = x.shape
@@ -106,8 +99,8 @@ def token_stats(
             outgrown = torch.empty(batch, heads, slices, dtype=torch.int32, device=x.device)
     # fmt: off
     _run(
-        _C.token_stats, x, shift, _pointer(workspace), _pointer(of_x), mean and smooth,
-        _pointer(amax), _C.GRANULARITIES[granularity or "none"], _pointer(outgrown),
+        _C.token_stats, x, shift, _pointer(workspace), _pointer(of_x), _pointer(amax),
+        _C.GRANULARITIES[granularity or "none"], _pointer(outgrown),
     )
     # fmt: on
     return TokenStats(of_x, amax, outgrown)
@@ -118,7 +111,7 @@ def v_stats(v: torch.Tensor, recipe: Fp8Recipe) -> TokenStats:
     if not recipe.smooth_v and recipe.v_granularity == "none":
         return TokenStats()
     granularity = None if recipe.v_granularity == "none" else recipe.v_granularity
-    return token_stats(v, v_stats_stride(recipe), recipe.smooth_v, recipe.smooth_v, granularity)
+    return token_stats(v, recipe.v_stats_stride, recipe.smooth_v, granularity)
 
 
 def quantize_rows(

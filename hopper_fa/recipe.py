@@ -46,7 +46,7 @@ class Fp8Recipe:
             wider the attention of a row, the more of what rounding V did to it that undoes.
         stats_stride: the means that smoothing subtracts, and the channel maxima of V, are taken over one
             token in so many (1, 2, 4 or 8; spread over the sequence, at least STATS_TOKENS, see
-            `quantization.sampled_tokens`), so that K and V are read once and not twice. Smoothing is exact
+            `token_stats.sampled_tokens`), so that K and V are read once and not twice. Smoothing is exact
             with any vector. A channel of V whose other tokens exceed what its scale leaves room for gets the
             scale of its true maximum, and is read again. Where channels of V share a scale, all tokens count.
         p_offset: P is exp2(score - maximum + p_offset): the higher, the fewer small P become 0.
@@ -107,6 +107,11 @@ class Fp8Recipe:
     def has_key_vectors(self) -> bool:
         """Whether every key has a scale of its own, or an addend to its scores."""
         return self.k_granularity == "token" or self.smooth_q
+
+    @property
+    def v_stats_stride(self) -> int:
+        """stats_stride as it is for V: 1 where channels share a scale."""
+        return 1 if self.v_granularity in ("tensor", "head") else self.stats_stride
 
     def interval(self, head_dim: int) -> int:
         """Key blocks whose P V is one sum of the tensor core; 0: all.

@@ -67,7 +67,7 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.workspace = p.workspace;
   args.extremes = p.amax != nullptr;
   args.mean = p.mean;
-  args.smooth = p.smooth;
+  args.smooth = p.mean != nullptr;
   args.code_scale = nullptr;
   args.amax = p.amax;
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kVThreads) mend_v_kernel(__grid_constant__ Qua
   int const slices = ceil_div(args.head_dim, kVSlice);
   int const head_batch = blockIdx.x / slices, first_channel = (blockIdx.x - head_batch * slices) * kVSlice;
   int const channels = min_int(kVSlice, args.head_dim - first_channel);
-  QuantizeTile tile = {0, head_batch % args.heads, head_batch / args.heads};
+  QuantizeTile const tile = {0, head_batch % args.heads, head_batch / args.heads};
   int64_t const head_channels = static_cast<int64_t>(head_batch) * args.head_dim + first_channel;
   if (threadIdx.x < kVSlice) {
     int const c = min_int(threadIdx.x, channels - 1);

@@ -5,6 +5,7 @@
 #include <cuda_fp8.h>
 
 #include "hopper_fa/types.h"
+#include "quantize/layout.h"
 
 namespace hopper_fa {
 
@@ -97,6 +98,13 @@ __device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) 
 __device__ __forceinline__ uint32_t halves_of_e4m3(uint32_t codes) {
   __half2_raw const halves = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
   return halves.x | uint32_t(halves.y) << 16;
+}
+
+// The row of ones at a group of 16 keys, of which `keys` exist.
+__device__ __forceinline__ uint4 ones_of(int keys) {
+  constexpr uint32_t kOnes = 0x38383838;
+  return make_uint4(kOnes & key_mask(0, keys), kOnes & key_mask(1, keys), kOnes & key_mask(2, keys),
+                    kOnes & key_mask(3, keys));
 }
 
 // Four values times a factor, of magnitude at most 127.4, to the nearest integers, ties to even.

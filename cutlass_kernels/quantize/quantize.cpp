@@ -60,8 +60,7 @@ Status run_token_stats(TokenStatsParams const& p, CUstream_st* stream) {
   bool const sampled = stride && stats_shift(p.in.seqlen, p.stride_shift) > 0;
   bool const granularity = sampled ? p.granularity == Granularity::kChannel : is_v_granularity(p.granularity);
   bool const outgrown = p.amax && sampled;
-  bool const fits =
-      stride && (p.mean || !p.smooth) && (!p.amax || granularity) && outgrown == (p.outgrown != nullptr);
+  bool const fits = stride && (!p.amax || granularity) && outgrown == (p.outgrown != nullptr);
   return run(p, &QuantizeInstance::token_stats, fits, stream);
 }
 

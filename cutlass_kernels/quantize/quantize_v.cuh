@@ -156,7 +156,7 @@ __device__ __forceinline__ bool round_chunk(QuantizeVArguments const& args, Part
 }
 
 // Rows first_row, ... of a head's V^T, `rows` of them, groups of keys from first_group on, to global memory.
-// codes: code_slot of chunks of `channels` channels, row r < channels being channel r; then ones and zeros.
+// codes: by code_slot, a chunk's kChannels channels from first_row on; below head_dim come ones and zeros.
 template <int kChannels, int kGroups>
 __device__ __forceinline__ void store_codes(QuantizeVArguments const& args, QuantizeTile const& tile,
                                             uint4 const (*codes)[kChannels * 8], int columns, int first_row,
@@ -172,10 +172,7 @@ __device__ __forceinline__ void store_codes(QuantizeVArguments const& args, Quan
     if (first_row + r < args.head_dim) {
       words = codes[g / 8][code_slot(r, g % 8)];
     } else if (first_row + r == columns) {
-      constexpr uint32_t kOnes = 0x38383838;
-      int const keys = args.seqlen - key;
-      words = make_uint4(kOnes & key_mask(0, keys), kOnes & key_mask(1, keys), kOnes & key_mask(2, keys),
-                         kOnes & key_mask(3, keys));
+      words = ones_of(args.seqlen - key);
     }
     __stcs(reinterpret_cast<uint4*>(out + static_cast<int64_t>(r) * keys_pitch + key), words);
   }

@@ -1,6 +1,6 @@
 // Means over tokens, and the largest |x - mean| of V, of all tokens or of a sample. Two kernels: sums (and
 // extremes) of chunks of 128 tokens of the sample, then of all chunks. Every addition has its place: no
-// atomics, and the bits of quantization.py.
+// atomics, and the bits of hopper_fa/token_stats.py.
 //
 // Roofline: the first kernel reads the sample once and writes 4 (with extremes 8) bytes a channel for each
 // 256 bytes read; the second reads those again, from L2. 16k tokens x 2048 channels: 67 MB + 2 MB, 17 us at 4

@@ -83,10 +83,7 @@ __global__ void __launch_bounds__(256) transpose_v_kernel(__grid_constant__ Tran
     if (r < args.head_dim) {
       codes = staged[v_slot(r, g, args.groups)];
     } else if (r == tile_d) {
-      constexpr uint32_t kOnes = 0x38383838;
-      int const keys = args.seqlen - key;
-      codes = make_uint4(kOnes & key_mask(0, keys), kOnes & key_mask(1, keys), kOnes & key_mask(2, keys),
-                         kOnes & key_mask(3, keys));
+      codes = ones_of(args.seqlen - key);
     }
     *reinterpret_cast<uint4*>(args.out + (static_cast<int64_t>(head_batch) * rows + r) * keys_pitch + key) =
         codes;

@@ -10,8 +10,9 @@ from cases import FP8_PRESETS, Case
 
 from hopper_fa import Fp8Recipe, attention_reference, quantize_qkv
 from hopper_fa.emulator_fp8 import attention_dequantized
-from hopper_fa.quantization import QuantizedQKV, from_fp8, rotation_signs, sampled_tokens, smooth_and_rotate
+from hopper_fa.quantization import QuantizedQKV, from_fp8, rotation_signs, smooth_and_rotate
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK
+from hopper_fa.token_stats import sampled_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

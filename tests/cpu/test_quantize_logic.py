@@ -8,6 +8,7 @@ import torch
 
 from hopper_fa import quantization
 from hopper_fa.kernels import _C, STATUS_SENTENCES
+from hopper_fa.token_stats import sampled_tokens
 
 HEAD_DIMS = range(8, 257, 8)
 SHARED_MEMORY_BANKS = 8  # of 16 bytes: what eight threads read or write at once
@@ -67,14 +68,14 @@ def test_sampled_tokens() -> None:
     """One of each group, the kernels' the same; at least 128, and all of them where there are fewer."""
     for seqlen in (0, 1, 127, 255, 256, 300, 511, 512, 1023, 1024, 1031, 16384):
         for stride in (1, 2, 4, 8):
-            tokens = quantization.sampled_tokens(seqlen, stride).tolist()
+            tokens = sampled_tokens(seqlen, stride).tolist()
             shift = _C.stats_shift(seqlen, stride.bit_length() - 1)
             assert len(tokens) == seqlen >> shift and (len(tokens) >= 128 or shift == 0)
             assert shift == stride.bit_length() - 1 or seqlen >> shift + 1 < 128
             assert [token >> shift for token in tokens] == list(range(seqlen >> shift))
             assert tokens == [_C.sampled_token(group, shift) for group in range(seqlen >> shift)]
     # No period of tokens up to 64 meets the same of its tokens again and again.
-    tokens = quantization.sampled_tokens(16384, 8)
+    tokens = sampled_tokens(16384, 8)
     for period in range(2, 65):
         counts = torch.bincount(tokens % period, minlength=period)
         assert counts.max() < 1.5 * len(tokens) / period and counts.min() > 0.5 * len(tokens) / period
@@ -97,8 +98,8 @@ def test_statistics_refuse_what_v_would_misread() -> None:
     for shift, amax_of, granularity, flags in refused:
         pointers = [0 if t is None else t.data_ptr() for t in (workspace, mean, amax_of, flags)]
         status = _C.token_stats(
-            _C.DTYPES["bf16"], x.data_ptr(), *x.stride()[:3], *x.shape, shift, *pointers[:2], True,
-            pointers[2], _C.GRANULARITIES[granularity], pointers[3], 0,
+            _C.DTYPES["bf16"], x.data_ptr(), *x.stride()[:3], *x.shape, shift, *pointers[:3],
+            _C.GRANULARITIES[granularity], pointers[3], 0,
         )  # fmt: skip
         assert "refused" in STATUS_SENTENCES[status], (shift, granularity)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from hopper_fa import Fp8Recipe, flash_attn_func, kernels, quantization, quantize_kernels
 from hopper_fa.metrics import error_metrics
 from hopper_fa.reference import attention_reference, gradients_reference
+from hopper_fa.token_stats import sampled_tokens
 
 # Input dtype, recipe of 8-bit kernels, largest relative L2 error.
 DTYPES = {
@@ -110,7 +111,7 @@ def run_quantization(options: argparse.Namespace, generator: torch.Generator) ->
         for heads_kv, seqlen_k in ((32, 260), (64, 260), (2, 1100)):
             sizes = [(6, s, h, head_dim) for s, h in ((130, 64), (seqlen_k, heads_kv), (seqlen_k, heads_kv))]
             q, k, v = (torch.randn(size, generator=generator, device="cuda").bfloat16() for size in sizes)
-            sampled = quantization.sampled_tokens(seqlen_k, default.stats_stride).tolist()
+            sampled = sampled_tokens(seqlen_k, default.stats_stride).tolist()
             other = next(token for token in reversed(range(seqlen_k)) if token not in sampled)
             v[0, other, 0, -1], v[1, other, 1, 0] = 3000.0, -3000.0
             v[1, 0, 1, 1] = float("nan")

@@ -36,9 +36,8 @@ struct TokenStatsParams {
   int stride_shift;  // 0 to 3, see stats_shift
   float* workspace;  // token_stats_workspace floats
   float* mean;       // (batch, heads, head_dim), written; null: not wanted
-  bool smooth;       // x is going to be smoothed: amax is of x - mean
-  // Written: the largest finite |x| or |x - mean| as float bits; null: not wanted. kTensor: one, kHead:
-  // (batch, heads), kChannel: (batch, heads, head_dim); of a sample kChannel only.
+  // Written: the largest finite |x - mean|, or |x| without mean, as float bits; null: not wanted. kTensor:
+  // one, kHead: (batch, heads), kChannel: (batch, heads, head_dim); of a sample kChannel only.
   uint32_t* amax;
   Granularity granularity;
   // For QuantizeVParams, where amax is of a sample; else null: (batch, heads, slices of 32 channels), set to
