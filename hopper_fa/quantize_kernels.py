@@ -15,6 +15,7 @@ from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
 DTYPES: tuple[str, ...] = tuple(_C.quantize_dtypes())
 
 _CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+_ONE_PASS = {"token", "block"}  # granularities of Q and K that need no scratch
 
 
 def quantize_qkv(
@@ -36,12 +37,23 @@ def quantize_qkv(
     seqlen_k, heads_kv = k.shape[1:3]
     group = heads_q // heads_kv
 
-    q_mean = token_stats(q, recipe.stats_stride).mean if recipe.smooth_q else None
-    k_mean = token_stats(k, recipe.stats_stride).mean if recipe.smooth_k else None
-    # K first: its statistics have just read it, and where they are of every token L2 still holds half of it.
-    k_codes, k_scale, key_bias = quantize_rows(k, recipe, k_mean, q_mean, group, queries=False)
-    q_codes, q_scale, lse_shift = quantize_rows(q, recipe, q_mean, k_mean, group, queries=True)
-    v_codes, v_scale, v_mean = quantize_v(v, recipe, v_stats(v, recipe))
+    # NOTE: launches may run beside those before (cutlass_kernels/include/hopper_fa/quantize.h), as statistics
+    # need inputs only, and all else inputs and statistics: the first launch waits, and that of K's rows,
+    # without which (no keys) none runs beside. Whatever a launch may still use stays allocated, so that none
+    # beside it is given that memory; the scratch of two passes over rows does not.
+    stride, v_first = recipe.stats_stride, recipe.v_stats_stride > 1
+    of_q = token_stats(q, stride) if recipe.smooth_q else TokenStats()
+    of_k = token_stats(k, stride, beside=recipe.smooth_q) if recipe.smooth_k else TokenStats()
+    of_v = v_stats(v, recipe, beside=recipe.smooth_q or recipe.smooth_k) if v_first else TokenStats()
+    k_codes, k_scale, key_bias = quantize_rows(k, recipe, of_k.mean, of_q.mean, group, queries=False)
+    beside = seqlen_k > 0 and {recipe.q_granularity, recipe.k_granularity} <= _ONE_PASS
+    q_codes, q_scale, lse_shift = quantize_rows(
+        q, recipe, of_q.mean, of_k.mean, group, queries=True, beside=beside
+    )
+    if not v_first:  # what is read whole for its statistics is rounded next: L2 still holds half of it
+        of_v = v_stats(v, recipe, beside=beside)
+        beside = beside and of_v.workspace is None
+    v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, beside=beside)
     return QuantizedQKV(
         q=q_codes,
         k=k_codes,
@@ -66,17 +78,23 @@ class TokenStats(NamedTuple):
         mean: (batch, heads, head_dim) float32.
         amax: the largest finite |x - mean| (|x| without mean) as float32 bits in int32: (1,), (batch, heads)
             or (batch, heads, head_dim).
-        outgrown: (batch, heads, slices of _C.V_SLICE channels) int32 zeros, where amax is a sample's:
-            `quantize_v` notes there which slices hold something larger than amax allows for.
+        outgrown: (batch, heads, head_dim) int32 zeros, where amax is a sample's: `quantize_v` notes there
+            what is larger than amax allows for, as amax does.
+        workspace: scratch that the launches may still use.
     """
 
     mean: torch.Tensor | None = None
     amax: torch.Tensor | None = None
     outgrown: torch.Tensor | None = None
+    workspace: torch.Tensor | None = None
 
 
 def token_stats(
-    x: torch.Tensor, stride: int = 1, mean: bool = True, granularity: str | None = None
+    x: torch.Tensor,
+    stride: int = 1,
+    mean: bool = True,
+    granularity: str | None = None,
+    beside: bool = False,
 ) -> TokenStats:
     """Statistics over the tokens of x (batch, seqlen, heads, head_dim), bfloat16 or float16.
 
@@ -84,6 +102,7 @@ def token_stats(
         stride: one token in so many is looked at, see `hopper_fa.token_stats.sampled_tokens`.
         mean: whether it is wanted.
         granularity: "tensor", "head", "channel": whose maxima are wanted; None: none.
+        beside: see `quantize_qkv`.
     """
     batch, seqlen, heads, head_dim = x.shape
     shift = stride.bit_length() - 1
@@ -95,23 +114,22 @@ def token_stats(
         shape = {"tensor": (1,), "head": (batch, heads)}.get(granularity, (batch, heads, head_dim))
         amax = torch.empty(shape, dtype=torch.int32, device=x.device)
         if _C.stats_shift(seqlen, shift):
-            slices = -(-head_dim // _C.V_SLICE)
-            outgrown = torch.empty(batch, heads, slices, dtype=torch.int32, device=x.device)
+            outgrown = torch.empty_like(amax)
     # fmt: off
     _run(
         _C.token_stats, x, shift, _pointer(workspace), _pointer(of_x), _pointer(amax),
-        _C.GRANULARITIES[granularity or "none"], _pointer(outgrown),
+        _C.GRANULARITIES[granularity or "none"], _pointer(outgrown), beside,
     )
     # fmt: on
-    return TokenStats(of_x, amax, outgrown)
+    return TokenStats(of_x, amax, outgrown, workspace)
 
 
-def v_stats(v: torch.Tensor, recipe: Fp8Recipe) -> TokenStats:
-    """The statistics of V that `quantize_v` needs by `recipe`."""
+def v_stats(v: torch.Tensor, recipe: Fp8Recipe, beside: bool = False) -> TokenStats:
+    """The statistics of V that `quantize_v` needs by `recipe`; beside: see `quantize_qkv`."""
     if not recipe.smooth_v and recipe.v_granularity == "none":
         return TokenStats()
     granularity = None if recipe.v_granularity == "none" else recipe.v_granularity
-    return token_stats(v, recipe.v_stats_stride, recipe.smooth_v, granularity)
+    return token_stats(v, recipe.v_stats_stride, recipe.smooth_v, granularity, beside)
 
 
 def quantize_rows(
@@ -121,6 +139,7 @@ def quantize_rows(
     other_mean: torch.Tensor | None,
     group: int,
     queries: bool,
+    beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Q or K in 8 bits.
 
@@ -129,6 +148,7 @@ def quantize_rows(
         mean: (batch, heads, head_dim) float32, subtracted from x; other_mean: that of K for Q, of Q for K.
         group: query heads a key/value head.
         queries: x is Q.
+        beside: see `quantize_qkv`; for scales of tokens or blocks.
 
     Returns:
         codes (batch, seqlen, heads, pitch), scales (batch, heads, groups), and the products of rows and
@@ -147,27 +167,28 @@ def quantize_rows(
         query_heads = heads if queries else heads * group
         dots = torch.empty(batch, query_heads, seqlen, dtype=torch.float32, device=x.device)
     amax = None
-    if granularity not in ("token", "block"):
+    if granularity not in _ONE_PASS:
         amax = torch.empty(max(1, batch * heads), 2, dtype=torch.int32, device=x.device)
     rotate = recipe.rotation == "hadamard"
     # fmt: off
     _run(
         _C.quantize_rows, x, _C.DTYPES[recipe.qk_dtype], queries, group, _C.GRANULARITIES[granularity], block,
         _pointer(mean), rotate, _sign_bits(head_dim, recipe.rotation_seed) if rotate else b"",
-        _pointer(other_mean), _pointer(dots), _pointer(amax), _pointer(codes), _pointer(scale),
+        _pointer(other_mean), _pointer(dots), _pointer(amax), _pointer(codes), _pointer(scale), beside,
     )
     # fmt: on
     return codes, scale, dots
 
 
 def quantize_v(
-    v: torch.Tensor, recipe: Fp8Recipe, stats: TokenStats
+    v: torch.Tensor, recipe: Fp8Recipe, stats: TokenStats, beside: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """V in e4m3 in the layout of `QuantizedQKV.v`; v_scale and v_mean, (batch, heads, head_dim).
 
     Args:
         v: (batch, seqlen, heads, head_dim), bfloat16 or float16.
         stats: of `v_stats`. Its mean becomes v_mean in its place, its outgrown is written.
+        beside: see `quantize_qkv`.
     """
     batch, seqlen, heads, head_dim = v.shape
     scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=v.device)
@@ -181,7 +202,7 @@ def quantize_v(
     _run(
         _C.quantize_v, v, _pointer(mean), recipe.smooth_v, recipe.compensate_v, _pointer(stats.amax),
         _C.GRANULARITIES[recipe.v_granularity], _pointer(stats.outgrown), _pointer(out), _pointer(scale),
-        _pointer(workspace),
+        _pointer(workspace), beside,
     )
     # fmt: on
     return out, scale, mean
@@ -191,7 +212,7 @@ def transpose_v(v: torch.Tensor) -> torch.Tensor:
     """V (batch, seqlen, heads, head_dim) that is float8_e4m3fn already, in the layout of `QuantizedQKV.v`."""
     v = _aligned(v)
     out = _empty_v(v)
-    _run(_C.quantize_v, v, 0, False, False, 0, _C.GRANULARITIES["none"], 0, _pointer(out), 0, 0)
+    _run(_C.quantize_v, v, 0, False, False, 0, _C.GRANULARITIES["none"], 0, _pointer(out), 0, 0, False)
     return out
 
 

@@ -270,14 +270,13 @@ void bind_quantize(py::module_& m) {
                                      py::arg("block") = static_cast<int>(Granularity::kBlock),
                                      py::arg("token") = static_cast<int>(Granularity::kToken),
                                      py::arg("channel") = static_cast<int>(Granularity::kChannel));
-  m.attr("V_SLICE") = kVSlice;
   m.def("quantize_dtypes", &quantize_dtypes);
   m.def("token_stats_workspace", &token_stats_workspace);
 
   m.def("token_stats", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
                           int batch, int seqlen, int heads, int head_dim, int stride_shift,
                           std::uintptr_t workspace, std::uintptr_t mean, std::uintptr_t amax, int granularity,
-                          std::uintptr_t outgrown, std::uintptr_t stream) {
+                          std::uintptr_t outgrown, bool beside, std::uintptr_t stream) {
     TokenStatsParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
     p.stride_shift = stride_shift;
@@ -286,6 +285,7 @@ void bind_quantize(py::module_& m) {
     p.amax = pointer<uint32_t>(amax);
     p.granularity = static_cast<Granularity>(granularity);
     p.outgrown = pointer<uint32_t>(outgrown);
+    p.beside = beside;
     return static_cast<int>(run_token_stats(p, pointer<CUstream_st>(stream)));
   });
 
@@ -294,7 +294,7 @@ void bind_quantize(py::module_& m) {
                             int q_heads_per_kv, int granularity, int rows_per_block, std::uintptr_t mean,
                             bool rotate, std::string const& signs, std::uintptr_t other_mean,
                             std::uintptr_t dots, std::uintptr_t amax, std::uintptr_t out,
-                            std::uintptr_t scale, std::uintptr_t stream) {
+                            std::uintptr_t scale, bool beside, std::uintptr_t stream) {
     QuantizeRowsParams p{};
     if (signs.size() > sizeof(p.signs)) return static_cast<int>(Status::kInvalidArgument);
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
@@ -311,13 +311,14 @@ void bind_quantize(py::module_& m) {
     p.amax = pointer<uint32_t>(amax);
     p.out = pointer<void>(out);
     p.scale = pointer<float>(scale);
+    p.beside = beside;
     return static_cast<int>(run_quantize_rows(p, pointer<CUstream_st>(stream)));
   });
 
   m.def("quantize_v", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
                          int batch, int seqlen, int heads, int head_dim, std::uintptr_t mean, bool smooth,
                          bool compensate, std::uintptr_t amax, int granularity, std::uintptr_t outgrown,
-                         std::uintptr_t out, std::uintptr_t scale, std::uintptr_t workspace,
+                         std::uintptr_t out, std::uintptr_t scale, std::uintptr_t workspace, bool beside,
                          std::uintptr_t stream) {
     QuantizeVParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
@@ -330,6 +331,7 @@ void bind_quantize(py::module_& m) {
     p.out = pointer<void>(out);
     p.scale = pointer<float>(scale);
     p.workspace = pointer<float>(workspace);
+    p.beside = beside;
     return static_cast<int>(run_quantize_v(p, pointer<CUstream_st>(stream)));
   });
 

@@ -5,8 +5,8 @@
 #include <cstring>
 
 #include "common/device.h"
+#include "quantize/finish_v.cuh"
 #include "quantize/instance.h"
-#include "quantize/mend_v.cuh"
 #include "quantize/quantize_v.cuh"
 #include "quantize/rows.cuh"
 #include "quantize/token_stats.cuh"
@@ -15,7 +15,7 @@
 namespace hopper_fa {
 
 // Grids are flat, at most 2^31 - 1 CTAs.
-// CTAs may begin before the launches before it end: see wait_for_stream.
+// CTAs may begin before the launches before it end: see begin_launch.
 template <class Arguments>
 Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, cudaStream_t stream,
               Arguments const& args) {
@@ -42,16 +42,6 @@ void set_amax_strides(Arguments& args, Granularity granularity, int heads, int h
 }
 
 template <DType kIn>
-Status launch_finish_stats(TokenStatsArguments const& args, int batch, cudaStream_t stream) {
-  int64_t const ctas = int64_t(batch) * args.heads * ceil_div(args.head_dim, 32);
-  bool const many = args.chunks > 256;
-  auto const kernel = many                ? finish_stats_kernel<kIn, 32, 32>
-                      : args.chunks <= 32 ? finish_stats_kernel<kIn, 8, 4>
-                                          : finish_stats_kernel<kIn, 8, 32>;
-  return launch<TokenStatsArguments>(kernel, ctas, many ? 1024 : 256, 0, stream, args);
-}
-
-template <DType kIn>
 Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   QuantizeInput const& in = p.in;
   TokenStatsArguments args;
@@ -68,10 +58,10 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.extremes = p.amax != nullptr;
   args.mean = p.mean;
   args.smooth = p.mean != nullptr;
-  args.code_scale = nullptr;
   args.amax = p.amax;
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
   args.outgrown = p.outgrown;
+  args.beside = p.beside;
 
   int64_t const count = head_batches * args.chunks;
   if (count > 0x7fffffff) return Status::kInvalidArgument;
@@ -89,7 +79,12 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
     Status const status = launch<TokenStatsArguments>(kernel, ctas, threads, shared, stream, args);
     if (status != Status::kOk) return status;
   }
-  return launch_finish_stats<kIn>(args, in.batch, stream);
+  bool const many = args.chunks > 256;
+  auto const finish = many                ? finish_stats_kernel<kIn, 32, 32>
+                      : args.chunks <= 32 ? finish_stats_kernel<kIn, 8, 4>
+                                          : finish_stats_kernel<kIn, 8, 32>;
+  return launch<TokenStatsArguments>(finish, head_batches * ceil_div(in.head_dim, 32), many ? 1024 : 256, 0,
+                                     stream, args);
 }
 
 struct RowsLaunch {
@@ -141,6 +136,7 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   args.heads_a_amax = make_divisor(heads_a_amax);
   int const amaxes = in.heads / heads_a_amax;  // of a batch entry
   args.amax_batch = granularity == Granularity::kTensor ? 0 : amaxes;
+  args.beside = p.beside;
 
   int const columns = tile_columns(in.head_dim);
   args.tile_rows = granularity == Granularity::kBlock ? p.rows_per_block : 64;
@@ -208,25 +204,18 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   args.out = static_cast<uint8_t*>(p.out);
   args.scale = p.scale;
   args.errors = p.compensate ? p.workspace : nullptr;
+  args.mean_out = p.mean;
+  args.beside = p.beside;
   args.outgrown = p.outgrown;
   auto const kernel = columns == 64    ? quantize_v_kernel<kIn, 64>
                       : columns == 128 ? quantize_v_kernel<kIn, 128>
                                        : quantize_v_kernel<kIn, 256>;
-  Status status =
-      launch<QuantizeVArguments>(kernel, int64_t(in.batch) * in.heads * tiles, kVThreads, 0, stream, args);
-  if (status == Status::kOk && p.outgrown) {
-    int64_t const ctas = int64_t(in.batch) * in.heads * ceil_div(in.head_dim, kVSlice);
-    status = launch<QuantizeVArguments>(mend_v_kernel<kIn>, ctas, kVThreads, 0, stream, args);
-  }
-  if (status != Status::kOk || !p.compensate) return status;
-  TokenStatsArguments errors{};
-  errors.tokens = in.seqlen, errors.heads = in.heads, errors.head_dim = in.head_dim;
-  errors.chunks = args.chunks;
-  errors.workspace = p.workspace;
-  errors.mean = p.mean;
-  errors.smooth = p.smooth;
-  errors.code_scale = p.scale;
-  return launch_finish_stats<kIn>(errors, in.batch, stream);
+  int64_t const heads = int64_t(in.batch) * in.heads;
+  Status const status = launch<QuantizeVArguments>(kernel, heads * tiles, kVThreads, 0, stream, args);
+  if (status != Status::kOk || !p.outgrown && !p.compensate) return status;
+  auto const finish = args.chunks <= 32 ? finish_v_kernel<kIn, 4> : finish_v_kernel<kIn, 32>;
+  return launch<QuantizeVArguments>(finish, heads * ceil_div(in.head_dim, kVSlice), kVThreads, 0, stream,
+                                    args);
 }
 
 template <DType kIn>

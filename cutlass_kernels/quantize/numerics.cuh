@@ -14,11 +14,16 @@ constexpr float kSmallestAmax = 0x1p-100f;  // below it a group counts as zeros
 constexpr float kHeadroom = 32.f;           // that V's scale leaves above the maximum of a sample
 constexpr float kSaturates = 432.f;         // from here on all is rounded to 448
 
-// Until the launches before this one in the stream are done, and then lets the next one's CTAs begin when
-// this one's are all under way. Every kernel calls it first, so what any earlier launch wrote is there.
-__device__ __forceinline__ void wait_for_stream() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+// Every kernel begins with begin_launch: it waits until the launches before this one in the stream are done,
+// unless this one may run beside them (quantize.h: beside), and lets the next one's CTAs begin when this
+// one's are all under way. A kernel that may run beside others ends with end_launch, so that its end still
+// means theirs.
+__device__ __forceinline__ void begin_launch(bool beside = false) {
+  if (!beside) asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
+}
+__device__ __forceinline__ void end_launch(bool beside) {
+  if (beside) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // 16 bytes to shared memory, zeros in place of what does not exist; to be waited for by the same thread.

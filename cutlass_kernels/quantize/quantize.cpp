@@ -72,8 +72,9 @@ Status run_quantize_rows(QuantizeRowsParams const& p, CUstream_st* stream) {
   bool const granularity = p.granularity != Granularity::kNone && p.granularity != Granularity::kChannel &&
                            (p.granularity != Granularity::kGroup || p.queries);
   bool const out_dtype = p.out_dtype == DType::kE4M3 || p.out_dtype == DType::kInt8;
-  return run(p, &QuantizeInstance::rows, whole_groups && block_fits && scratch && granularity && out_dtype,
-             stream);
+  bool const beside = !p.beside || !p.amax;
+  return run(p, &QuantizeInstance::rows,
+             whole_groups && block_fits && scratch && granularity && out_dtype && beside, stream);
 }
 
 Status run_quantize_v(QuantizeVParams const& p, CUstream_st* stream) {
@@ -81,7 +82,8 @@ Status run_quantize_v(QuantizeVParams const& p, CUstream_st* stream) {
   bool const fits = (p.amax ? is_v_granularity(p.granularity) : p.granularity == Granularity::kNone) &&
                     (moves ? !p.mean && !p.amax : p.scale != nullptr) &&
                     (p.mean || !p.smooth && !p.compensate) && (p.workspace || !p.compensate) &&
-                    (!p.outgrown || p.amax && p.granularity == Granularity::kChannel);
+                    (!p.outgrown || p.amax && p.granularity == Granularity::kChannel) &&
+                    (!p.beside || !moves);
   return run(p, &QuantizeInstance::v, fits, stream);
 }
 

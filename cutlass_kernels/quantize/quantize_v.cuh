@@ -10,8 +10,9 @@
 // the sum of the scaled elements less that of the codes, which is exact: products with ones on the tensor
 // cores.
 //
-// Scales from a sample's maxima may prove too small for another token. Then a flag is set, and the kernel
-// after this one, which is otherwise empty, rounds the slice of 32 channels anew (mend_v.cuh).
+// Scales from a sample's maxima may prove too small for another token. Then the channel's true maximum is
+// noted, and the kernel after this one, which else only adds up the chunks, rounds its slice of 32 channels
+// anew (finish_v.cuh).
 #pragma once
 
 #include <cute/arch/mma_sm80.hpp>
@@ -33,9 +34,11 @@ struct QuantizeVArguments {
   float* scale;
   // (batch, heads, chunks of 128 keys, head_dim): sums of scaled elements less codes; may be null.
   float* errors;
-  // (batch, heads, slices of 32 channels): set where an element needs more room than a sample's scale leaves;
-  // may be null.
+  // (batch, heads, head_dim), bits of floats >= 0: where elements need more room than a sample's scale
+  // leaves, the largest of them, less the mean; else 0. May be null.
   uint32_t* outgrown;
+  float* mean_out;  // with errors: mean (or 0), and what rounding took from V on average; may be mean
+  bool beside;      // see begin_launch
 };
 
 // What the arithmetic needs of a channel.
@@ -178,12 +181,39 @@ __device__ __forceinline__ void store_codes(QuantizeVArguments const& args, Quan
   }
 }
 
+// Notes what of a thread's chunk a sample's scales have no room for.
+template <DType kIn, class Part>
+__device__ __forceinline__ void note_outgrown(QuantizeVArguments const& args, Part const& part,
+                                              QuantizeTile const& tile, int chunk, VChannel const* channels) {
+  auto again = load_chunk<1>(args, part, tile, chunk, 0);
+  float amax[4] = {0.f, 0.f, 0.f, 0.f};
+  again.template for_each<false>([&](uint2 const(&raw)[4], int g, int) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      bool const exists = chunk * kStatsChunk + g * kKeyGroup + part.token(i) < args.seqlen;
+      float2 const low = unpack<kIn>(raw[i].x), high = unpack<kIn>(raw[i].y);
+      float const x[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float const size = fabsf(x[c] - channels[4 * part.quad + c].mean);
+        if (exists && is_finite(size)) amax[c] = fmaxf(amax[c], size);
+      }
+    }
+  });
+  int64_t const at =
+      static_cast<int64_t>(tile.batch * args.heads + tile.head) * args.head_dim + 4 * part.quad;
+#pragma unroll
+  for (int c = 0; c < 4; ++c)
+    if (__fmul_rn(amax[c], channels[4 * part.quad + c].inverse) >= kSaturates)
+      atomicMax(args.outgrown + at + c, __float_as_uint(amax[c]));  // bits are ordered as the floats are
+}
+
 // A CTA: as many chunks as it has threads for. kColumns: channels of a tile.
 template <DType kIn, int kColumns>
 __global__ void __launch_bounds__(kVThreads, 2)
     quantize_v_kernel(__grid_constant__ QuantizeVArguments const args) {
   __shared__ VShared<kColumns> shared;
-  wait_for_stream();
+  begin_launch(args.beside);
   ChunkPart<kColumns> const part;
   constexpr int kGroups = kStatsChunk / kKeyGroup * part.kChunks;  // of a CTA
   // NOTE: last tile first: what the statistics read last may still lie in L2.
@@ -192,11 +222,11 @@ __global__ void __launch_bounds__(kVThreads, 2)
   auto loads = load_chunk<3>(args, part, tile, chunk, 0);
   int64_t const head_channels = static_cast<int64_t>(tile.batch * args.heads + tile.head) * args.head_dim;
   for (int c = threadIdx.x; c < args.head_dim; c += kVThreads) {
-    float const mean = args.mean ? args.mean[head_channels + c] : 0.f;
+    float const mean = args.mean ? __ldcg(args.mean + head_channels + c) : 0.f;
     Scale scale = {1.f, 1.f};
     if (args.amax) {
       int64_t const at = tile.batch * args.amax_batch + tile.head * args.amax_head + c * args.amax_channel;
-      scale = scale_of_v(__uint_as_float(args.amax[at]), args.outgrown != nullptr);
+      scale = scale_of_v(__uint_as_float(__ldcg(args.amax + at)), args.outgrown != nullptr);
     }
     if (tile.block == 0) args.scale[head_channels + c] = scale.scale;
     shared.channels[c] = {mean, scale.inverse};
@@ -215,12 +245,11 @@ __global__ void __launch_bounds__(kVThreads, 2)
     outgrown =
         full ? round(std::false_type{}, std::true_type{}) : round(std::false_type{}, std::false_type{});
   }
-  if (outgrown && args.outgrown)
-    args.outgrown[(tile.batch * args.heads + tile.head) * ceil_div(args.head_dim, kVSlice) +
-                  4 * part.quad / kVSlice] = 1;
+  if (outgrown && args.outgrown) note_outgrown<kIn>(args, part, tile, chunk, shared.channels);
   __syncthreads();
   store_codes<kColumns, kGroups>(args, tile, shared.codes, kColumns, 0, kColumns + kOnesRows,
                                  tile.block * kGroups);
+  end_launch(args.beside);
 }
 
 }  // namespace hopper_fa

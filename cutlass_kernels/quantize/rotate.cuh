@@ -146,7 +146,7 @@ __device__ __forceinline__ void share_vector(float const* vector, int head_dim, 
                                              uint8_t const (&signs)[32], bool squared, float* scratch,
                                              float* shared) {
   int const c = threadIdx.x;
-  float v = c < head_dim ? vector[c] : 0.f;
+  float v = c < head_dim ? __ldcg(vector + c) : 0.f;
   if (!rotated) {
     if (c < kColumns) shared[c] = v;
     return;

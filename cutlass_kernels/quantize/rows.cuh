@@ -37,6 +37,7 @@ struct RowsArguments {
   Divisor heads_a_amax;
   uint8_t* out;
   float* scale;
+  bool beside;  // see begin_launch
 };
 
 constexpr int kRowsCta = 128;  // rows of the largest CTA
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, row
     quantize_rows_kernel(__grid_constant__ RowsArguments const args) {
   extern __shared__ uint4 rows_shared[];
   auto& shared = reinterpret_cast<RowsShared<kColumns>&>(rows_shared);
-  wait_for_stream();
+  begin_launch(args.beside);
   int const warp = threadIdx.x / 32;
   auto& own = shared.warps[warp];
   // NOTE: last tile first: what an earlier pass over the tensor read last may still lie in L2.
@@ -308,6 +309,7 @@ __global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, row
   for (int i = position; i >= first; --i)
     round_tile<kIn, kOut>(args, shared, own, tile, i > first, i & 1,
                           i == position || tile.block == args.tiles.blocks.divisor - 1);
+  end_launch(args.beside);
 }
 
 }  // namespace hopper_fa

@@ -25,11 +25,11 @@ struct TokenStatsArguments {
   float* workspace;
   bool extremes;
   float* mean;
-  bool smooth;              // amax is of x - mean; with code_scale: mean holds what was subtracted
-  float const* code_scale;  // the sums are of what rounding to its codes took: times it, for mean
+  bool smooth;  // amax is of x - mean
   uint32_t* amax;
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
-  uint32_t* outgrown;                           // set to 0, one a CTA of the second kernel; may be null
+  uint32_t* outgrown;  // set to 0 by the second kernel, (batch, heads, head_dim); may be null
+  bool beside;         // of the first kernel, see begin_launch
 };
 
 // x[0] becomes the sum of the first `size` elements, a power of two, by x[i] + x[i + half]; size 0 counts
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(512, 2)
     token_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
   extern __shared__ uint4 raw[];  // (8, threads): every thread copies what it will read
   float* const of_lanes = reinterpret_cast<float*>(raw + 8 * blockDim.x);  // (16, head_dim)
-  wait_for_stream();
+  begin_launch(args.beside);
   int const octets = args.head_dim / 8, pairs = args.head_dim / 2;
   int const lane = threadIdx.x / octets, octet = threadIdx.x - lane * octets;
   auto const extremes = reinterpret_cast<uint32_t*>(of_lanes + kStatsLanes * args.head_dim);
@@ -174,20 +174,58 @@ __global__ void __launch_bounds__(512, 2)
             [high](uint32_t a, uint32_t b) { return high ? max_halves<kIn>(a, b) : min_halves<kIn>(a, b); });
       }
     }
-    if (index >= args.tile_count) return;
+    if (index >= args.tile_count) break;
     __syncthreads();
   }
+  end_launch(args.beside);
 }
 
-// A CTA: 32 channels of one head; warp w has the chunks w + kWarps j. The chunk sums, filled up with zeros to
-// a power of two, are added by a[i] + a[i + half] until one is left. kIn: whose translation unit's copy this
-// is.
+// The sums of a head's chunks, `sums` apart by head_dim, are filled up with zeros to a power of two and added
+// by a[i] + a[i + half] until one is left. A CTA has a channel a lane, and warp w the chunks w + kWarps j.
+struct ChunkTree {
+  int size = 1;  // what the sums that are left are filled up to
+
+  // The warp's part.
+  template <int kWarps, int kLoads>
+  __device__ __forceinline__ float of_warp(float* sums, int chunks, int head_dim, bool exists) {
+    int const warp = threadIdx.x / 32;
+    auto const at = [&](int64_t chunk) { return chunk * head_dim; };
+    int left = chunks;
+    while (size < left) size *= 2;
+    // Above kLoads a warp the first steps go through memory, where no thread reads what another has written.
+    for (; size > kWarps * kLoads; size /= 2, left = min_int(left, size)) {
+      int const half = size / 2;
+      for (int i = warp; i < half && exists; i += kWarps)
+        sums[at(i)] = sums[at(i)] + (i + half < left ? sums[at(i + half)] : 0.f);
+    }
+    // Then kLoads a thread. Its sums are the ones that the tree joins down to distance kWarps.
+    float x[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      int const chunk = warp + kWarps * j;
+      x[j] = exists && chunk < left ? sums[at(chunk)] : 0.f;
+    }
+    tree_sum(x, size / kWarps);
+    return x[0];
+  }
+
+  // All of it, from the warps' parts.
+  template <int kWarps>
+  __device__ __forceinline__ float of_all(float const (&parts)[kWarps][32]) const {
+    float x[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) x[w] = parts[w][threadIdx.x % 32];
+    tree_sum(x, min_int(size, kWarps));
+    return x[0];
+  }
+};
+
+// A CTA: 32 channels of one head, see ChunkTree. kIn: whose translation unit's copy this is.
 // NOTE: small CTAs and few loads where they suffice.
 template <DType kIn, int kWarps, int kLoads>
 __global__ void __launch_bounds__(32 * kWarps)
     finish_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
-  static_assert(kVSlice == 32);  // a CTA's element of outgrown is its slice's
-  wait_for_stream();
+  begin_launch();
   __shared__ float shared[3][kWarps][32];
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int const slices = ceil_div(args.head_dim, 32);
@@ -195,50 +233,26 @@ __global__ void __launch_bounds__(32 * kWarps)
   int const channel = (blockIdx.x - head_batch * slices) * 32 + lane;
   bool const exists = channel < args.head_dim;
   int64_t const base = static_cast<int64_t>(head_batch) * args.chunks * args.head_dim + channel;
-  float* const sums = args.workspace + base;
-  auto const at = [&](int64_t chunk) { return chunk * args.head_dim; };
-
-  int size = 1, left = args.chunks;  // size: what `left` sums are filled up to
-  while (size < left) size *= 2;
-  // Above kLoads a warp the first steps go through memory, where no thread reads what another has written.
-  for (; size > kWarps * kLoads; size /= 2, left = min_int(left, size)) {
-    int const half = size / 2;
-    for (int i = warp; i < half && exists; i += kWarps)
-      sums[at(i)] = sums[at(i)] + (i + half < left ? sums[at(i + half)] : 0.f);
-  }
-  // Then kLoads a thread. Its sums are the ones that the tree joins down to distance kWarps.
-  float x[kLoads];
-#pragma unroll
-  for (int j = 0; j < kLoads; ++j) {
-    int const chunk = warp + kWarps * j;
-    x[j] = exists && chunk < left ? sums[at(chunk)] : 0.f;
-  }
+  ChunkTree tree;
+  shared[0][warp][lane] =
+      tree.of_warp<kWarps, kLoads>(args.workspace + base, args.chunks, args.head_dim, exists);
   if (args.extremes) {
     auto const lows = reinterpret_cast<uint16_t const*>(args.workspace + args.partials) + base;
     uint32_t low = kInfinities<kIn>, high = kInfinities<kIn> | 0x80008000u;
 #pragma unroll 4
     for (int chunk = warp; chunk < args.chunks && exists; chunk += kWarps) {
-      low = min_halves<kIn>(low, lows[at(chunk)]);
-      high = max_halves<kIn>(high, lows[args.partials + at(chunk)]);
+      int64_t const at = static_cast<int64_t>(chunk) * args.head_dim;
+      low = min_halves<kIn>(low, lows[at]);
+      high = max_halves<kIn>(high, lows[args.partials + at]);
     }
     shared[1][warp][lane] = unpack<kIn>(low).x, shared[2][warp][lane] = unpack<kIn>(high).x;
   }
-  tree_sum(x, size / kWarps);
-  shared[0][warp][lane] = x[0];
   __syncthreads();
   if (warp > 0) return;
 
-  float of_warps[kWarps];
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) of_warps[w] = shared[0][w][lane];
-  tree_sum(of_warps, min_int(size, kWarps));
-  float const mean = __fdiv_rn(of_warps[0], static_cast<float>(max_int(1, args.tokens)));
-  if (args.mean && exists) {
-    int64_t const at = static_cast<int64_t>(head_batch) * args.head_dim + channel;
-    float const error = args.code_scale ? __fmul_rn(args.code_scale[at], mean) : 0.f;
-    args.mean[at] = !args.code_scale ? mean : args.smooth ? __fadd_rn(args.mean[at], error) : error;
-  }
-  if (args.outgrown && lane == 0) args.outgrown[blockIdx.x] = 0;
+  float const mean = __fdiv_rn(tree.of_all(shared[0]), static_cast<float>(max_int(1, args.tokens)));
+  if (args.mean && exists) args.mean[static_cast<int64_t>(head_batch) * args.head_dim + channel] = mean;
+  if (args.outgrown && exists) args.outgrown[static_cast<int64_t>(head_batch) * args.head_dim + channel] = 0;
   if (!args.extremes) return;
   float const centre = args.smooth ? mean : 0.f;
   float low = INFINITY, high = -INFINITY;

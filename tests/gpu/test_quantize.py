@@ -167,6 +167,28 @@ def test_empty_sequences(
     check(*Case(2, 4, 2, seqlen_q, seqlen_k, 64).qkv(dtype, seed, "cuda"), recipe)
 
 
+@pytest.mark.parametrize("recipe", [*PRESETS.values(), EVERYTHING], ids=[*PRESETS, "everything"])
+def test_launches_beside_each_other(recipe: Fp8Recipe, dtype: torch.dtype, seed: int) -> None:
+    """Inputs that change in the stream just before and after each call: no launch reads early or late."""
+    inputs = [Case(2, 8, 8, 2048, 2048, 128).qkv(dtype, seed + i, "cuda") for i in range(3)]
+    inputs[1][2][0, 77, 3, 5] = 5000.0  # outgrows its sample
+    expected = []
+    for tensors in inputs:
+        torch.cuda.synchronize()
+        expected.append(quantize_kernels.quantize_qkv(*tensors, recipe))
+    held = [torch.empty_like(t) for t in inputs[0]]
+    results = []
+    for _ in range(4):
+        for tensors in inputs:
+            for to, t in zip(held, tensors, strict=True):
+                to.copy_(t)
+            results.append(quantize_kernels.quantize_qkv(*held, recipe))
+            for to in held:
+                to.fill_(float("nan"))
+    for i, result in enumerate(results):
+        assert_same(result, expected[i % len(expected)])
+
+
 @pytest.mark.parametrize("layout", ["heads first", "expanded batch", "last dimension strided", "unaligned"])
 def test_layouts(layout: str, dtype: torch.dtype, seed: int) -> None:
     tensors = Case(2, 4, 4, 150, 270, 64).qkv(dtype, seed, "cuda")

@@ -3,6 +3,11 @@
 //
 // Order of calls: run_token_stats for every tensor that is smoothed, and for V if it has scales;
 // run_quantize_rows for Q and for K; run_quantize_v. What a call reads of another's output is named below.
+//
+// `beside` in a call's parameters: its kernels may run beside those of the call before it. All that they read
+// was there when that call's began; neither it nor what it still reads or writes overlaps what they write. Of
+// a chain of such calls, that goes for each of them and for the one before the first, which was a call of
+// this family with beside false.
 #pragma once
 
 #include "hopper_fa/types.h"
@@ -40,9 +45,9 @@ struct TokenStatsParams {
   // one, kHead: (batch, heads), kChannel: (batch, heads, head_dim); of a sample kChannel only.
   uint32_t* amax;
   Granularity granularity;
-  // For QuantizeVParams, where amax is of a sample; else null: (batch, heads, slices of 32 channels), set to
-  // 0.
+  // For QuantizeVParams, where amax is of a sample; else null: (batch, heads, head_dim), set to 0.
   uint32_t* outgrown;
+  bool beside;
 };
 
 struct QuantizeRowsParams {
@@ -62,6 +67,7 @@ struct QuantizeRowsParams {
   uint32_t* amax;  // scratch of kTensor, kGroup and kHead: two integers a scale
   void* out;       // (batch, seqlen, heads, head_dim rounded up to 16), contiguous
   float* scale;    // (batch, heads, number of groups): 1, blocks or seqlen of them
+  bool beside;     // not with scratch, which two passes share
 };
 
 struct QuantizeVParams {
@@ -77,6 +83,7 @@ struct QuantizeVParams {
   void* out;     // (batch, heads, tile_d + 8, seqlen rounded up to 16), keys permuted; tile_d: 64, 128 or 256
   float* scale;  // (batch, heads, head_dim), written; null for e4m3
   float* workspace;  // token_stats_workspace floats; null without compensate
+  bool beside;
 };
 
 Status run_token_stats(TokenStatsParams const& params, CUstream_st* stream);

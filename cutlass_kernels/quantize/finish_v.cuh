@@ -1,0 +1,91 @@
+// V after its rounding: what needs all of a channel's tokens.
+//
+// Compensation adds the mean of what rounding took from V to the mean that attention gives back. And where
+// elements outgrew the room that a sample's scales leave, their slice of 32 channels is rounded once more,
+// its other channels to the same codes.
+//
+// A CTA: one slice. NOTE: a slice that is rounded has one CTA's loads under way, so it takes as long as
+// thousands of them. That is a few us for 1000 keys, little of an attention over them, and rare; without such
+// slices this is the least launch that compensation needs.
+#pragma once
+
+#include "quantize/quantize_v.cuh"
+#include "quantize/token_stats.cuh"
+
+namespace hopper_fa {
+
+struct FinishVShared {
+  uint4 codes[ChunkPart<kVSlice>::kChunks][kVSlice * 8];
+  VChannel channels[kVSlice];
+  float of_warps[kVThreads / 32][32];
+};
+
+// Rounds `channels` channels of a head from first_channel on with scales for what the sample's had no room
+// for. outgrown: of this thread's channel, 0 where it was not.
+template <DType kIn>
+__device__ __forceinline__ void round_slice(QuantizeVArguments const& args, QuantizeTile const& tile,
+                                            int first_channel, int channels, uint32_t outgrown,
+                                            FinishVShared& shared) {
+  int64_t const head_channels =
+      static_cast<int64_t>(tile.batch * args.heads + tile.head) * args.head_dim + first_channel;
+  if (threadIdx.x < kVSlice) {
+    int const c = min_int(threadIdx.x, channels - 1);
+    float const amax = __uint_as_float(outgrown ? outgrown : args.amax[head_channels + c]);
+    Scale const scale = scale_of_v(amax, outgrown == 0);
+    if (outgrown) args.scale[head_channels + c] = scale.scale;
+    shared.channels[threadIdx.x] = {args.mean ? args.mean[head_channels + c] : 0.f, scale.inverse};
+  }
+  __syncthreads();
+
+  ChunkPart<kVSlice> const part;
+  for (int first = 0; first < args.chunks; first += part.kChunks) {
+    int const chunk = first + part.chunk;
+    auto loads = load_chunk<3>(args, part, tile, chunk, first_channel);
+    auto const round = [&](auto sums) {
+      round_chunk<kIn, sums.value, false>(args, part, loads, shared.channels, shared.codes[part.chunk], tile,
+                                          chunk, first_channel);
+    };
+    args.errors ? round(std::true_type{}) : round(std::false_type{});
+    __syncthreads();
+    constexpr int kGroups = kStatsChunk / kKeyGroup * part.kChunks;
+    store_codes<kVSlice, kGroups>(args, tile, shared.codes, tile_columns(args.head_dim), first_channel,
+                                  channels, first * (kStatsChunk / kKeyGroup));
+    __syncthreads();
+  }
+}
+
+// Grid: (batch, heads, slices) flat. kLoads: see ChunkTree.
+template <DType kIn, int kLoads>
+__global__ void __launch_bounds__(kVThreads)
+    finish_v_kernel(__grid_constant__ QuantizeVArguments const args) {
+  __shared__ FinishVShared shared;
+  begin_launch();
+  int const slices = ceil_div(args.head_dim, kVSlice);
+  int const head_batch = blockIdx.x / slices, first_channel = (blockIdx.x - head_batch * slices) * kVSlice;
+  int const channels = min_int(kVSlice, args.head_dim - first_channel);
+  int64_t const head_channels = static_cast<int64_t>(head_batch) * args.head_dim + first_channel;
+  int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (args.outgrown) {
+    uint32_t const outgrown = threadIdx.x < channels ? args.outgrown[head_channels + threadIdx.x] : 0;
+    if (__syncthreads_or(outgrown != 0)) {
+      QuantizeTile const tile = {0, head_batch % args.heads, head_batch / args.heads};
+      round_slice<kIn>(args, tile, first_channel, channels, outgrown, shared);
+    }
+  }
+  if (!args.errors) return;
+
+  bool const exists = lane < channels;
+  float* const errors =
+      args.errors + static_cast<int64_t>(head_batch) * args.chunks * args.head_dim + first_channel + lane;
+  ChunkTree tree;
+  shared.of_warps[warp][lane] =
+      tree.of_warp<kVThreads / 32, kLoads>(errors, args.chunks, args.head_dim, exists);
+  __syncthreads();
+  if (warp > 0 || !exists) return;
+  float const mean = __fdiv_rn(tree.of_all(shared.of_warps), static_cast<float>(max_int(1, args.seqlen)));
+  int64_t const at = head_channels + lane;
+  float const error = __fmul_rn(args.scale[at], mean);
+  args.mean_out[at] = args.mean ? __fadd_rn(args.mean[at], error) : error;
+}
+
+}  // namespace hopper_fa
