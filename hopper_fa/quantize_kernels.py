@@ -52,7 +52,7 @@ def quantize_qkv(
     )
     if not v_first:  # what is read whole for its statistics is rounded next: L2 still holds half of it
         of_v = v_stats(v, recipe, beside=beside)
-        beside = beside and of_v.workspace is None
+        beside = beside and of_v.mean is None and of_v.amax is None
     v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, beside=beside)
     return QuantizedQKV(
         q=q_codes,
@@ -80,13 +80,11 @@ class TokenStats(NamedTuple):
             or (batch, heads, head_dim).
         outgrown: (batch, heads, head_dim) int32 zeros, where amax is a sample's: `quantize_v` notes there
             what is larger than amax allows for, as amax does.
-        workspace: scratch that the launches may still use.
     """
 
     mean: torch.Tensor | None = None
     amax: torch.Tensor | None = None
     outgrown: torch.Tensor | None = None
-    workspace: torch.Tensor | None = None
 
 
 def token_stats(
@@ -106,8 +104,6 @@ def token_stats(
     """
     batch, seqlen, heads, head_dim = x.shape
     shift = stride.bit_length() - 1
-    floats = _C.token_stats_workspace(batch, seqlen, shift, heads, head_dim, granularity is not None)
-    workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
     of_x = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=x.device) if mean else None
     amax = outgrown = None
     if granularity is not None:
@@ -117,11 +113,11 @@ def token_stats(
             outgrown = torch.empty_like(amax)
     # fmt: off
     _run(
-        _C.token_stats, x, shift, _pointer(workspace), _pointer(of_x), _pointer(amax),
+        _C.token_stats, x, shift, _pointer(of_x), _pointer(amax),
         _C.GRANULARITIES[granularity or "none"], _pointer(outgrown), beside,
     )
     # fmt: on
-    return TokenStats(of_x, amax, outgrown, workspace)
+    return TokenStats(of_x, amax, outgrown)
 
 
 def v_stats(v: torch.Tensor, recipe: Fp8Recipe, beside: bool = False) -> TokenStats:
@@ -196,7 +192,7 @@ def quantize_v(
     mean, workspace = stats.mean, None
     if recipe.compensate_v:
         mean = torch.empty_like(scale) if mean is None else mean
-        floats = _C.token_stats_workspace(batch, seqlen, 0, heads, head_dim, False)
+        floats = _C.quantize_v_workspace(batch, seqlen, heads, head_dim)
         workspace = torch.empty(max(1, floats), dtype=torch.float32, device=v.device)
     # fmt: off
     _run(

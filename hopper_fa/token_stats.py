@@ -9,6 +9,7 @@ from hopper_fa.recipe import STATS_TOKENS
 
 _CHUNK = 128  # tokens whose sum is formed first in a mean
 _LANES = 16  # sums a chunk, that are then added pairwise
+_CTAS = 8  # sums of chunks a head, likewise
 
 
 def stats_shift(seqlen: int, stride: int) -> int:
@@ -35,7 +36,7 @@ def token_mean(x: torch.Tensor, stride: int) -> torch.Tensor:
 
     Non-finite elements count as 0. The order of the additions: 128 tokens make a chunk (the last is filled up
     with zeros); lane r of 16 adds its tokens r, r + 16, r + 32, ... one after the other; then `tree_sum` of
-    the lanes, and of the chunks.
+    the lanes. Of the chunks, CTA r of 8 adds r, r + 8, ... to zero, one after the other; then `tree_sum`.
     """
     x = x[:, :, sampled_tokens(x.shape[2], stride).to(x.device)]
     tokens = x.shape[2]
@@ -46,7 +47,11 @@ def token_mean(x: torch.Tensor, stride: int) -> torch.Tensor:
     total = lanes[:, :, :, 0]
     for i in range(1, _CHUNK // _LANES):
         total = total + lanes[:, :, :, i]  # (batch, heads, chunks, _LANES, head_dim)
-    total = tree_sum(tree_sum(total, 3), 2)
+    of_chunks = torch.nn.functional.pad(tree_sum(total, 3), (0, 0, 0, -chunks % _CTAS))
+    of_ctas = torch.zeros_like(of_chunks[:, :, :_CTAS])
+    for chunk in range(0, of_chunks.shape[2], _CTAS):
+        of_ctas = of_ctas + of_chunks[:, :, chunk : chunk + _CTAS]
+    total = tree_sum(of_ctas, 2)
     return total / torch.full_like(total, max(1, tokens))
 
 

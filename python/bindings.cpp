@@ -271,16 +271,15 @@ void bind_quantize(py::module_& m) {
                                      py::arg("token") = static_cast<int>(Granularity::kToken),
                                      py::arg("channel") = static_cast<int>(Granularity::kChannel));
   m.def("quantize_dtypes", &quantize_dtypes);
-  m.def("token_stats_workspace", &token_stats_workspace);
+  m.def("quantize_v_workspace", &quantize_v_workspace);
 
   m.def("token_stats", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
                           int batch, int seqlen, int heads, int head_dim, int stride_shift,
-                          std::uintptr_t workspace, std::uintptr_t mean, std::uintptr_t amax, int granularity,
-                          std::uintptr_t outgrown, bool beside, std::uintptr_t stream) {
+                          std::uintptr_t mean, std::uintptr_t amax, int granularity, std::uintptr_t outgrown,
+                          bool beside, std::uintptr_t stream) {
     TokenStatsParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
     p.stride_shift = stride_shift;
-    p.workspace = pointer<float>(workspace);
     p.mean = pointer<float>(mean);
     p.amax = pointer<uint32_t>(amax);
     p.granularity = static_cast<Granularity>(granularity);

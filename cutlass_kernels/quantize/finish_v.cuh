@@ -10,9 +10,59 @@
 #pragma once
 
 #include "quantize/quantize_v.cuh"
-#include "quantize/token_stats.cuh"
 
 namespace hopper_fa {
+
+// x[0] becomes the sum of the first `size` elements, a power of two, by x[i] + x[i + half]; size 0 counts
+// as 1.
+template <int kSize, int kHalf = kSize / 2>
+__device__ __forceinline__ void tree_sum(float (&x)[kSize], int size) {
+  if (kHalf < size) {
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) x[i] += x[i + kHalf];
+  }
+  if constexpr (kHalf > 1) tree_sum<kSize, kHalf / 2>(x, size);
+}
+
+// The sums of a head's chunks, `sums` apart by head_dim, are filled up with zeros to a power of two and added
+// by a[i] + a[i + half] until one is left. A CTA has a channel a lane, and warp w the chunks w + kWarps j.
+struct ChunkTree {
+  int size = 1;  // what the sums that are left are filled up to
+
+  // The warp's part.
+  template <int kWarps, int kLoads>
+  __device__ __forceinline__ float of_warp(float* sums, int chunks, int head_dim, bool exists) {
+    int const warp = threadIdx.x / 32;
+    auto const at = [&](int64_t chunk) { return chunk * head_dim; };
+    int left = chunks;
+    while (size < left) size *= 2;
+    // Above kLoads a warp the first steps go through memory, where no thread reads what another has written.
+    for (; size > kWarps * kLoads; size /= 2, left = min_int(left, size)) {
+      int const half = size / 2;
+      for (int i = warp; i < half && exists; i += kWarps)
+        sums[at(i)] = sums[at(i)] + (i + half < left ? sums[at(i + half)] : 0.f);
+    }
+    // Then kLoads a thread. Its sums are the ones that the tree joins down to distance kWarps.
+    float x[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      int const chunk = warp + kWarps * j;
+      x[j] = exists && chunk < left ? sums[at(chunk)] : 0.f;
+    }
+    tree_sum(x, size / kWarps);
+    return x[0];
+  }
+
+  // All of it, from the warps' parts.
+  template <int kWarps>
+  __device__ __forceinline__ float of_all(float const (&parts)[kWarps][32]) const {
+    float x[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) x[w] = parts[w][threadIdx.x % 32];
+    tree_sum(x, min_int(size, kWarps));
+    return x[0];
+  }
+};
 
 struct FinishVShared {
   uint4 codes[ChunkPart<kVSlice>::kChunks][kVSlice * 8];

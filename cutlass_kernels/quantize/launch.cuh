@@ -18,18 +18,21 @@ namespace hopper_fa {
 // CTAs may begin before the launches before it end: see begin_launch.
 template <class Arguments>
 Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, cudaStream_t stream,
-              Arguments const& args) {
+              Arguments const& args, int cluster = 1) {
   if (ctas > 0x7fffffff) return Status::kInvalidArgument;
   if (shared > 48 * 1024 &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess)
     return Status::kLaunchError;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(ctas), config.blockDim = threads;
   config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &overlap, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::kOk : Status::kLaunchError;
 }
 
@@ -51,11 +54,6 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.shift = stats_shift(in.seqlen, p.stride_shift);
   args.tokens = in.seqlen >> args.shift, args.heads = in.heads, args.head_dim = in.head_dim;
   args.chunks = ceil_div(args.tokens, kStatsChunk);
-  args.tiles = make_quantize_tiles(in.heads, max_int(1, args.chunks));
-  int64_t const head_batches = int64_t(in.batch) * in.heads;
-  args.partials = head_batches * args.chunks * in.head_dim;
-  args.workspace = p.workspace;
-  args.extremes = p.amax != nullptr;
   args.mean = p.mean;
   args.smooth = p.mean != nullptr;
   args.amax = p.amax;
@@ -63,28 +61,18 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.outgrown = p.outgrown;
   args.beside = p.beside;
 
-  int64_t const count = head_batches * args.chunks;
-  if (count > 0x7fffffff) return Status::kInvalidArgument;
-  args.tile_count = static_cast<int>(count);
+  int64_t const head_batches = int64_t(in.batch) * in.heads;
   if (p.amax && p.granularity != Granularity::kChannel) {
     size_t const scales = p.granularity == Granularity::kHead ? head_batches : 1;
     if (cudaMemsetAsync(p.amax, 0, scales * sizeof(uint32_t), stream) != cudaSuccess)
       return Status::kLaunchError;
   }
+  int ctas = kStatsCtas;
+  while (ctas > 1 && ctas / 2 >= args.chunks) ctas /= 2;
   int const threads = ceil_div(kStatsLanes * in.head_dim / 8, 32) * 32;
-  int const shared = 8 * 16 * threads + kStatsLanes * in.head_dim * (args.extremes ? 8 : 4);
-  auto const kernel = args.extremes ? token_stats_kernel<kIn, true> : token_stats_kernel<kIn, false>;
-  if (count) {
-    int const ctas = min_int(args.tile_count, hopper_device().sms * max_int(1, 1024 / threads));
-    Status const status = launch<TokenStatsArguments>(kernel, ctas, threads, shared, stream, args);
-    if (status != Status::kOk) return status;
-  }
-  bool const many = args.chunks > 256;
-  auto const finish = many                ? finish_stats_kernel<kIn, 32, 32>
-                      : args.chunks <= 32 ? finish_stats_kernel<kIn, 8, 4>
-                                          : finish_stats_kernel<kIn, 8, 32>;
-  return launch<TokenStatsArguments>(finish, head_batches * ceil_div(in.head_dim, 32), many ? 1024 : 256, 0,
-                                     stream, args);
+  int const shared = 8 * 16 * threads + kStatsLanes * in.head_dim * (p.amax ? 8 : 4);
+  auto const kernel = p.amax ? token_stats_kernel<kIn, true> : token_stats_kernel<kIn, false>;
+  return launch<TokenStatsArguments>(kernel, head_batches * ctas, threads, shared, stream, args, ctas);
 }
 
 struct RowsLaunch {

@@ -10,6 +10,7 @@ namespace hopper_fa {
 
 constexpr int kStatsChunk = 128;  // tokens whose sum is formed first in a mean
 constexpr int kStatsLanes = 16;   // sums a chunk, which are then added pairwise
+constexpr int kStatsCtas = 8;     // of a head at most, each with a sum of chunks
 constexpr int kVSlice = 32;       // channels of V that one CTA finishes
 constexpr int kKeyGroup = 16;     // keys that are permuted among themselves in V
 constexpr int kOnesRows = 8;      // rows of V below the channels, the first of them ones

@@ -49,10 +49,8 @@ bool is_v_granularity(Granularity g) {
 
 bool has_quantize(DType dtype) { return find(dtype, &QuantizeInstance::v) != nullptr; }
 
-int64_t token_stats_workspace(int batch, int seqlen, int stride_shift, int heads, int head_dim,
-                              bool with_amax) {
-  int const tokens = seqlen >> stats_shift(seqlen, stride_shift);
-  return int64_t(batch) * heads * ceil_div(tokens, kStatsChunk) * head_dim * (with_amax ? 2 : 1);
+int64_t quantize_v_workspace(int batch, int seqlen, int heads, int head_dim) {
+  return int64_t(batch) * heads * ceil_div(seqlen, kStatsChunk) * head_dim;
 }
 
 Status run_token_stats(TokenStatsParams const& p, CUstream_st* stream) {

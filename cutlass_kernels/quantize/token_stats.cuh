@@ -1,11 +1,12 @@
-// Means over tokens, and the largest |x - mean| of V, of all tokens or of a sample. Two kernels: sums (and
-// extremes) of chunks of 128 tokens of the sample, then of all chunks. Every addition has its place: no
-// atomics, and the bits of hopper_fa/token_stats.py.
+// Means over tokens, and the largest |x - mean| of V, of all tokens or of a sample. A cluster's CTAs add up
+// chunks of 128 tokens of the sample and then, through each other's shared memory, their sums. Every addition
+// has its place: no atomics, and the bits of hopper_fa/token_stats.py.
 //
-// Roofline: the first kernel reads the sample once and writes 4 (with extremes 8) bytes a channel for each
-// 256 bytes read; the second reads those again, from L2. 16k tokens x 2048 channels: 67 MB + 2 MB, 17 us at 4
-// TB/s; of one token in eight 2 us and the launches.
+// Roofline: the sample is read once. 16k tokens x 2048 channels: 67 MB, 17 us at 4 TB/s; of one token in
+// eight 2 us and the launch.
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include "quantize/layout.h"
 #include "quantize/numerics.cuh"
@@ -17,31 +18,13 @@ struct TokenStatsArguments {
   int64_t batch_stride, row_stride, head_stride;
   int shift;                            // one token in 2^shift is sampled
   int tokens, heads, head_dim, chunks;  // tokens of the sample
-  QuantizeTiles tiles;
-  int tile_count;
-  int64_t partials;  // batch * heads * chunks * head_dim
-  // (batch, heads, chunks, head_dim) sums; with extremes, as many minima and then maxima of 16 bits after
-  // them.
-  float* workspace;
-  bool extremes;
-  float* mean;
-  bool smooth;  // amax is of x - mean
+  float* mean;                          // may be null
+  bool smooth;                          // amax is of x - mean
   uint32_t* amax;
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
-  uint32_t* outgrown;  // set to 0 by the second kernel, (batch, heads, head_dim); may be null
-  bool beside;         // of the first kernel, see begin_launch
+  uint32_t* outgrown;                           // (batch, heads, head_dim), set to 0; may be null
+  bool beside;                                  // see begin_launch
 };
-
-// x[0] becomes the sum of the first `size` elements, a power of two, by x[i] + x[i + half]; size 0 counts
-// as 1.
-template <int kSize, int kHalf = kSize / 2>
-__device__ __forceinline__ void tree_sum(float (&x)[kSize], int size) {
-  if (kHalf < size) {
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) x[i] += x[i + kHalf];
-  }
-  if constexpr (kHalf > 1) tree_sum<kSize, kHalf / 2>(x, size);
-}
 
 // s[0] becomes the first 2 kHalf elements joined by op(s[r], s[r + half]), from kHalf down to 1.
 template <int kHalf, class T, class Op>
@@ -58,6 +41,20 @@ __device__ __forceinline__ T join_lanes(T const* lanes, int stride, Op&& op) {
 #pragma unroll
   for (int r = 0; r < kStatsLanes; ++r) s[r] = lanes[r * stride];
   join_halves<kStatsLanes / 2>(s, op);
+  return s[0];
+}
+
+// `of` the first CTA of a cluster joined with those of the others, by op(s[r], s[r + half]).
+template <class Of, class Op>
+__device__ __forceinline__ auto join_ctas(int ctas, Of&& of, Op&& op) {
+  decltype(of(0)) s[kStatsCtas];
+#pragma unroll
+  for (int r = 0; r < kStatsCtas; ++r) s[r] = of(min_int(r, ctas - 1));
+#pragma unroll
+  for (int half = kStatsCtas / 2; half > 0; half /= 2)
+    if (half < ctas)
+#pragma unroll
+      for (int r = 0; r < half; ++r) s[r] = op(s[r], s[r + half]);
   return s[0];
 }
 
@@ -90,46 +87,53 @@ struct ChannelStats {
   }
 };
 
-// A persistent grid; a tile is 128 tokens of the sample of one head. Thread (lane r of 16, octet of
-// channels); 16 * head_dim / 8 of them.
+// A cluster: one head; CTA r of n takes its chunks r, r + n, ... . Thread (lane of 16, octet of channels); 16
+// * head_dim / 8 of them.
 template <DType kIn, bool kExtremes>
 __global__ void __launch_bounds__(512, 2)
     token_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
   extern __shared__ uint4 raw[];  // (8, threads): every thread copies what it will read
   float* const of_lanes = reinterpret_cast<float*>(raw + 8 * blockDim.x);  // (16, head_dim)
   begin_launch(args.beside);
+  auto const cluster = cooperative_groups::this_cluster();
+  int const ctas = cluster.num_blocks(), rank = cluster.block_rank();
+  int const head_batch = blockIdx.x / ctas;
+  int const head = head_batch % args.heads, batch = head_batch / args.heads;
   int const octets = args.head_dim / 8, pairs = args.head_dim / 2;
   int const lane = threadIdx.x / octets, octet = threadIdx.x - lane * octets;
   auto const extremes = reinterpret_cast<uint32_t*>(of_lanes + kStatsLanes * args.head_dim);
+  uint16_t const* const x = args.x + batch * args.batch_stride + head * args.head_stride + 8 * octet;
 
-  struct Tokens {  // the lane's of a tile: first, first + 16, ... of the sample
-    uint16_t const* head;
-    int first, exist;  // of 8; the last warp may hold threads of no lane
+  // The lane's tokens of a chunk are first, first + 16, ... of the sample, `exist` of 8. The last warp may
+  // hold threads of no lane.
+  auto const exist = [&](int chunk) {
+    int const left = args.tokens - chunk * kStatsChunk - lane;
+    return lane >= kStatsLanes || left <= 0 ? 0 : min_int(8, ceil_div(left, kStatsLanes));
   };
-  auto const tokens_of = [&](QuantizeTile const& tile) -> Tokens {
-    int const first = tile.block * kStatsChunk + lane, left = args.tokens - first;
-    return {args.x + tile.batch * args.batch_stride + tile.head * args.head_stride + 8 * octet, first,
-            lane >= kStatsLanes || left <= 0 ? 0 : min_int(8, ceil_div(left, kStatsLanes))};
-  };
-  auto const fetch = [&](Tokens const& tokens) {
+  auto const fetch = [&](int chunk) {
+    int const first = chunk * kStatsChunk + lane, count = exist(chunk);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      bool const exists = i < tokens.exist;
-      int const token = sampled_token(exists ? tokens.first + i * kStatsLanes : 0, args.shift);
-      copy_async(raw + i * blockDim.x + threadIdx.x, tokens.head + token * args.row_stride, exists);
+      int const token = sampled_token(i < count ? first + i * kStatsLanes : 0, args.shift);
+      copy_async(raw + i * blockDim.x + threadIdx.x, x + token * args.row_stride, i < count);
     }
   };
 
-  int index = blockIdx.x;
-  QuantizeTile tile = args.tiles.get(index);
-  Tokens tokens = tokens_of(tile);
-  fetch(tokens);
-  while (true) {
+  // Of the chunks so far: of channel threadIdx.x, and of a pair of channels minima, then maxima.
+  float sum = 0.f;
+  bool const high = threadIdx.x >= pairs;
+  uint32_t extreme = high ? kInfinities<kIn> | 0x80008000u : kInfinities<kIn>;
+  auto const further = [&](uint32_t a, uint32_t b) {
+    return high ? max_halves<kIn>(a, b) : min_halves<kIn>(a, b);
+  };
+  if (rank < args.chunks) fetch(rank);
+  for (int chunk = rank; chunk < args.chunks; chunk += ctas) {
+    int const count = exist(chunk);
     wait_for_copies();
     ChannelStats<kIn, kExtremes> stats;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      stats.template add<false>(raw[i * blockDim.x + threadIdx.x], i == 0, i < tokens.exist);
+      stats.template add<false>(raw[i * blockDim.x + threadIdx.x], i == 0, i < count);
     // A NaN or infinity stays in its sum, so finite sums need no second look.
     bool finite = true;
 #pragma unroll
@@ -137,17 +141,9 @@ __global__ void __launch_bounds__(512, 2)
     if (!finite) {
 #pragma unroll 1
       for (int i = 0; i < 8; ++i)
-        stats.template add<true>(raw[i * blockDim.x + threadIdx.x], i == 0, i < tokens.exist);
+        stats.template add<true>(raw[i * blockDim.x + threadIdx.x], i == 0, i < count);
     }
-    int64_t const out =
-        ((static_cast<int64_t>(tile.batch) * args.heads + tile.head) * args.chunks + tile.block) *
-        args.head_dim;
-    index += gridDim.x;
-    if (index < args.tile_count) {  // while this tile's lanes are joined
-      tile = args.tiles.get(index);
-      tokens = tokens_of(tile);
-      fetch(tokens);
-    }
+    if (chunk + ctas < args.chunks) fetch(chunk + ctas);  // while this chunk's lanes are joined
 
     if (lane < kStatsLanes) {
       float4* const to = reinterpret_cast<float4*>(of_lanes + lane * args.head_dim + 8 * octet);
@@ -161,117 +157,60 @@ __global__ void __launch_bounds__(512, 2)
       }
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < args.head_dim; c += blockDim.x)
-      args.workspace[out + c] =
-          join_lanes(of_lanes + c, args.head_dim, [](float a, float b) { return a + b; });
-    if constexpr (kExtremes) {
-      auto const to = reinterpret_cast<uint32_t*>(args.workspace + args.partials);
-      for (int c = threadIdx.x; c < 2 * pairs; c += blockDim.x) {  // minima, then maxima
-        bool const high = c >= pairs;
-        int const pair = high ? c - pairs : c;
-        to[((high ? args.partials : 0) + out) / 2 + pair] = join_lanes(
-            extremes + high * kStatsLanes * pairs + pair, pairs,
-            [high](uint32_t a, uint32_t b) { return high ? max_halves<kIn>(a, b) : min_halves<kIn>(a, b); });
+    if (threadIdx.x < args.head_dim) {
+      sum += join_lanes(of_lanes + threadIdx.x, args.head_dim, [](float a, float b) { return a + b; });
+      if constexpr (kExtremes) {
+        int const first = high ? kStatsLanes * pairs + threadIdx.x - pairs : threadIdx.x;
+        extreme = further(extreme, join_lanes(extremes + first, pairs, further));
       }
     }
-    if (index >= args.tile_count) break;
     __syncthreads();
   }
+
+  // The CTA's, then of all in the order of join_ctas; every CTA does that for its share of the channels.
+  if (threadIdx.x < args.head_dim) {
+    of_lanes[threadIdx.x] = sum;
+    if constexpr (kExtremes) extremes[threadIdx.x] = extreme;
+  }
+  cluster.sync();
+  int const share = ceil_div(args.head_dim, ctas), channel = rank * share + threadIdx.x;
+  bool const exists = threadIdx.x < share && channel < args.head_dim;
+  if (threadIdx.x < ceil_div(share, 32) * 32) {
+    int const c = exists ? channel : 0;
+    float mean = join_ctas(
+        ctas, [&](int r) { return cluster.map_shared_rank(of_lanes, r)[c]; },
+        [](float a, float b) { return a + b; });
+    mean = __fdiv_rn(mean, static_cast<float>(max_int(1, args.tokens)));
+    int64_t const at = static_cast<int64_t>(head_batch) * args.head_dim + channel;
+    if (args.mean && exists) args.mean[at] = mean;
+    if (args.outgrown && exists) args.outgrown[at] = 0;
+    if constexpr (kExtremes) {
+      auto const of = [&](int first, auto op) {
+        uint32_t const word =
+            join_ctas(ctas, [&](int r) { return cluster.map_shared_rank(extremes, r)[first + c / 2]; }, op);
+        float2 const pair = unpack<kIn>(word);
+        return c % 2 ? pair.y : pair.x;
+      };
+      float const lowest = of(0, min_halves<kIn>), highest = of(pairs, max_halves<kIn>);
+      float const centre = args.smooth ? mean : 0.f;
+      // Rounding is monotonic, so this is the maximum of the rounded |x - mean|; 0 where nothing is finite.
+      // NOTE: not where an x - mean overflows, which takes elements beyond half of BF16's range.
+      float const amax =
+          lowest <= highest && is_finite(centre) ? fmaxf(highest - centre, centre - lowest) : 0.f;
+      uint32_t const bits = exists ? __float_as_uint(amax) : 0;
+      uint32_t* const to =
+          args.amax + batch * args.amax_batch + head * args.amax_head + channel * args.amax_channel;
+      if (args.amax_channel) {
+        if (exists) *to = bits;
+      } else {
+        uint32_t const of_warp = __reduce_max_sync(~0u, bits);
+        if (threadIdx.x % 32 == 0)
+          atomicMax(to, of_warp);  // bits of floats >= 0 are ordered as the floats are
+      }
+    }
+  }
+  cluster.sync();  // no CTA ends while others read its shared memory
   end_launch(args.beside);
-}
-
-// The sums of a head's chunks, `sums` apart by head_dim, are filled up with zeros to a power of two and added
-// by a[i] + a[i + half] until one is left. A CTA has a channel a lane, and warp w the chunks w + kWarps j.
-struct ChunkTree {
-  int size = 1;  // what the sums that are left are filled up to
-
-  // The warp's part.
-  template <int kWarps, int kLoads>
-  __device__ __forceinline__ float of_warp(float* sums, int chunks, int head_dim, bool exists) {
-    int const warp = threadIdx.x / 32;
-    auto const at = [&](int64_t chunk) { return chunk * head_dim; };
-    int left = chunks;
-    while (size < left) size *= 2;
-    // Above kLoads a warp the first steps go through memory, where no thread reads what another has written.
-    for (; size > kWarps * kLoads; size /= 2, left = min_int(left, size)) {
-      int const half = size / 2;
-      for (int i = warp; i < half && exists; i += kWarps)
-        sums[at(i)] = sums[at(i)] + (i + half < left ? sums[at(i + half)] : 0.f);
-    }
-    // Then kLoads a thread. Its sums are the ones that the tree joins down to distance kWarps.
-    float x[kLoads];
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      int const chunk = warp + kWarps * j;
-      x[j] = exists && chunk < left ? sums[at(chunk)] : 0.f;
-    }
-    tree_sum(x, size / kWarps);
-    return x[0];
-  }
-
-  // All of it, from the warps' parts.
-  template <int kWarps>
-  __device__ __forceinline__ float of_all(float const (&parts)[kWarps][32]) const {
-    float x[kWarps];
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) x[w] = parts[w][threadIdx.x % 32];
-    tree_sum(x, min_int(size, kWarps));
-    return x[0];
-  }
-};
-
-// A CTA: 32 channels of one head, see ChunkTree. kIn: whose translation unit's copy this is.
-// NOTE: small CTAs and few loads where they suffice.
-template <DType kIn, int kWarps, int kLoads>
-__global__ void __launch_bounds__(32 * kWarps)
-    finish_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
-  begin_launch();
-  __shared__ float shared[3][kWarps][32];
-  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int const slices = ceil_div(args.head_dim, 32);
-  int const head_batch = blockIdx.x / slices;
-  int const channel = (blockIdx.x - head_batch * slices) * 32 + lane;
-  bool const exists = channel < args.head_dim;
-  int64_t const base = static_cast<int64_t>(head_batch) * args.chunks * args.head_dim + channel;
-  ChunkTree tree;
-  shared[0][warp][lane] =
-      tree.of_warp<kWarps, kLoads>(args.workspace + base, args.chunks, args.head_dim, exists);
-  if (args.extremes) {
-    auto const lows = reinterpret_cast<uint16_t const*>(args.workspace + args.partials) + base;
-    uint32_t low = kInfinities<kIn>, high = kInfinities<kIn> | 0x80008000u;
-#pragma unroll 4
-    for (int chunk = warp; chunk < args.chunks && exists; chunk += kWarps) {
-      int64_t const at = static_cast<int64_t>(chunk) * args.head_dim;
-      low = min_halves<kIn>(low, lows[at]);
-      high = max_halves<kIn>(high, lows[args.partials + at]);
-    }
-    shared[1][warp][lane] = unpack<kIn>(low).x, shared[2][warp][lane] = unpack<kIn>(high).x;
-  }
-  __syncthreads();
-  if (warp > 0) return;
-
-  float const mean = __fdiv_rn(tree.of_all(shared[0]), static_cast<float>(max_int(1, args.tokens)));
-  if (args.mean && exists) args.mean[static_cast<int64_t>(head_batch) * args.head_dim + channel] = mean;
-  if (args.outgrown && exists) args.outgrown[static_cast<int64_t>(head_batch) * args.head_dim + channel] = 0;
-  if (!args.extremes) return;
-  float const centre = args.smooth ? mean : 0.f;
-  float low = INFINITY, high = -INFINITY;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w)
-    low = fminf(low, shared[1][w][lane]), high = fmaxf(high, shared[2][w][lane]);
-  // Rounding is monotonic, so this is the maximum of the rounded |x - mean|; 0 where nothing is finite.
-  // NOTE: not where an x - mean overflows, which takes elements beyond half of BF16's range.
-  float const amax = low <= high && is_finite(centre) ? fmaxf(high - centre, centre - low) : 0.f;
-  uint32_t const bits = exists ? __float_as_uint(amax) : 0;
-  int const head = head_batch % args.heads, batch = head_batch / args.heads;
-  uint32_t* const to =
-      args.amax + batch * args.amax_batch + head * args.amax_head + channel * args.amax_channel;
-  if (args.amax_channel) {
-    if (exists) *to = bits;
-  } else {
-    uint32_t const of_warp = __reduce_max_sync(~0u, bits);
-    if (lane == 0) atomicMax(to, of_warp);  // bits of floats >= 0 are ordered as the floats are
-  }
 }
 
 }  // namespace hopper_fa

@@ -39,7 +39,6 @@ inline int stats_shift(int seqlen, int stride_shift) {
 struct TokenStatsParams {
   QuantizeInput in;  // bf16 or fp16
   int stride_shift;  // 0 to 3, see stats_shift
-  float* workspace;  // token_stats_workspace floats
   float* mean;       // (batch, heads, head_dim), written; null: not wanted
   // Written: the largest finite |x - mean|, or |x| without mean, as float bits; null: not wanted. kTensor:
   // one, kHead: (batch, heads), kChannel: (batch, heads, head_dim); of a sample kChannel only.
@@ -82,7 +81,7 @@ struct QuantizeVParams {
   uint32_t* outgrown;
   void* out;     // (batch, heads, tile_d + 8, seqlen rounded up to 16), keys permuted; tile_d: 64, 128 or 256
   float* scale;  // (batch, heads, head_dim), written; null for e4m3
-  float* workspace;  // token_stats_workspace floats; null without compensate
+  float* workspace;  // quantize_v_workspace floats; null without compensate
   bool beside;
 };
 
@@ -90,10 +89,8 @@ Status run_token_stats(TokenStatsParams const& params, CUstream_st* stream);
 Status run_quantize_rows(QuantizeRowsParams const& params, CUstream_st* stream);
 Status run_quantize_v(QuantizeVParams const& params, CUstream_st* stream);
 
-// Floats of TokenStatsParams.workspace, and, with stride_shift 0 and without amax, of
-// QuantizeVParams.workspace.
-int64_t token_stats_workspace(int batch, int seqlen, int stride_shift, int heads, int head_dim,
-                              bool with_amax);
+// Floats of QuantizeVParams.workspace.
+int64_t quantize_v_workspace(int batch, int seqlen, int heads, int head_dim);
 
 // Whether this binary holds the kernels for an input type.
 bool has_quantize(DType dtype);
