@@ -19,7 +19,7 @@ from hopper_fa import Fp8Recipe, error_metrics, quantize_qkv
 from hopper_fa.accuracy import unfused_attention
 from hopper_fa.accuracy_fp8 import attend, forward_16bit, implementation, reference, study_inputs
 from hopper_fa.quantization import QuantizedQKV
-from hopper_fa.recipe import E4M3_MAX, K_BLOCK, STATS_STRIDES
+from hopper_fa.recipe import E4M3_MAX, K_BLOCK
 
 DEFAULT = Fp8Recipe.default()
 Row = dict[str, object]
@@ -98,7 +98,7 @@ def e1(sizes: Sizes) -> Iterator[Row]:
         "default, e4m3 Q and K": replace(DEFAULT, qk_dtype="e4m3"),
         "default, no rotation": replace(DEFAULT, rotation="none"),
         "default, V not compensated": replace(DEFAULT, compensate_v=False),
-        "default, statistics of every token": replace(DEFAULT, stats_stride=1),
+        "default, statistics of every token": replace(DEFAULT, sample_stats=False),
     }
     for head in range(sizes.heads):
         problem = Problem.of(sizes, "outliers", sizes.keys, sizes.queries, head)
@@ -156,7 +156,7 @@ def e2(sizes: Sizes) -> Iterator[Row]:
 
 
 def e3(sizes: Sizes) -> Iterator[Row]:
-    """Granularity of scales, smoothing and rotation, and of how many tokens statistics take one."""
+    """Granularity of scales, smoothing and rotation, and which tokens statistics take."""
     plain = replace(DEFAULT, rotation="none", smooth_k=False, smooth_v=False, compensate_v=False)
     smoothing = {
         "none": plain,
@@ -180,11 +180,9 @@ def e3(sizes: Sizes) -> Iterator[Row]:
                 yield problem.of_recipe(
                     name, replace(DEFAULT, v_granularity=name), grid="granularity of V", qk="int8"
                 )
-            for stride in STATS_STRIDES:
-                recipe = replace(DEFAULT, stats_stride=stride)
-                yield problem.of_recipe(
-                    f"one in {stride}", recipe, grid="tokens that statistics take", qk="int8"
-                )
+            for name, sample in (("all", False), ("a sample", True)):
+                recipe = replace(DEFAULT, sample_stats=sample)
+                yield problem.of_recipe(name, recipe, grid="tokens that statistics take", qk="int8")
         for v_mean in (0.0, 1.0):
             problem = Problem.of(sizes, "normal", sizes.short, sizes.queries, head, v_mean)
             for smooth, compensate in ((False, False), (True, False), (False, True), (True, True)):

@@ -38,9 +38,9 @@ def subjects(shape: Shape, seed: int) -> dict[str, Subject]:
     q, k, v = shape.inputs(seed)
     heads = shape.heads * shape.batch
     default, fa3 = Fp8Recipe.default(), Fp8Recipe.fa3()
-    every = replace(default, stats_stride=1)
-    stride = default.stats_stride
-    k_mean = quantize_kernels.token_stats(k, stride).mean
+    every = replace(default, sample_stats=False)
+    k_shift, v_shift = default.stats_shift(shape.seqlen), default.v_stats_shift(shape.seqlen)
+    k_mean = quantize_kernels.token_stats(k, k_shift).mean
     v_stats = quantize_kernels.v_stats(v, default)
     e4m3 = v.to(torch.float8_e4m3fn)
     read, codes = q.nbytes, q.nbytes // 2  # of one tensor in 16 and in 8 bits
@@ -56,14 +56,10 @@ def subjects(shape: Shape, seed: int) -> dict[str, Subject]:
     plain = replace(default, rotation="none")
     uncompensated = replace(default, compensate_v=False)
     return {
-        "mean of K, every token": Subject(lambda: quantize_kernels.token_stats(k), read + 2 * channel),
-        "mean of K": Subject(lambda: quantize_kernels.token_stats(k, stride), (read + 2 * channel) // stride),
-        "mean and maxima of V, every token": Subject(
-            lambda: quantize_kernels.v_stats(v, every), read + 6 * channel
-        ),
-        "mean and maxima of V": Subject(
-            lambda: quantize_kernels.v_stats(v, default), (read + 6 * channel) // stride
-        ),
+        "mean of K, every token": Subject(lambda: quantize_kernels.token_stats(k), read),
+        "mean of K": Subject(lambda: quantize_kernels.token_stats(k, k_shift), read >> k_shift),
+        "mean and maxima of V, every token": Subject(lambda: quantize_kernels.v_stats(v, every), read),
+        "mean and maxima of V": Subject(lambda: quantize_kernels.v_stats(v, default), read >> v_shift),
         "Q, block scales": Subject(rows(q, default, True), read + codes + scores),
         "Q, token scales": Subject(rows(q, Fp8Recipe.accurate(), True), read + codes + 2 * scores),
         "K, block scales": Subject(rows(k, default, False), read + codes),
@@ -76,7 +72,7 @@ def subjects(shape: Shape, seed: int) -> dict[str, Subject]:
         "V, e4m3 already": Subject(lambda: quantize_kernels.transpose_v(e4m3), codes + v_codes),
         "preset default": Subject(
             lambda: quantize_kernels.quantize_qkv(q, k, v, default),
-            3 * read + 2 * read // stride + 2 * codes + v_codes,
+            3 * read + (read >> k_shift) + (read >> v_shift) + 2 * codes + v_codes,
         ),
         "preset default, every token": Subject(
             lambda: quantize_kernels.quantize_qkv(q, k, v, every), 5 * read + 2 * codes + v_codes

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
-from hopper_fa.token_stats import mean_error, sampled_tokens, stats_shift, token_mean, tree_sum
+from hopper_fa.token_stats import mean_error, sampled_tokens, token_mean, tree_sum
 from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes
 
 PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
@@ -153,14 +153,14 @@ def quantize_qkv(
 
     lse_shift = key_bias = q_mean = k_mean = v_mean = signs = None
     if recipe.smooth_k:
-        k_mean = token_mean(k32, recipe.stats_stride)[:, :, None]
+        k_mean = token_mean(k32, recipe.stats_shift(seqlen_k))[:, :, None]
         lse_shift = _dot(q32, k_mean.repeat_interleave(group, 1))
     if recipe.smooth_q:
-        q_mean = token_mean(q32, recipe.stats_stride)[:, :, None]
+        q_mean = token_mean(q32, recipe.stats_shift(seqlen_q))[:, :, None]
         smoothed = k32 if k_mean is None else k32 - k_mean
         key_bias = _dot(smoothed.repeat_interleave(group, 1), q_mean)
     if recipe.smooth_v:
-        v_mean = token_mean(v32, recipe.v_stats_stride)
+        v_mean = token_mean(v32, recipe.v_stats_shift(seqlen_k))
         v32 = v32 - v_mean[:, :, None]
     if recipe.rotation == "hadamard":
         signs = rotation_signs(head_dim, recipe.rotation_seed).to(q.device)
@@ -169,7 +169,7 @@ def quantize_qkv(
     q_rows, k_rows = smooth_and_rotate(q32, q_mean, signs), smooth_and_rotate(k32, k_mean, signs)
     q_codes, q_scale = _quantize_rows(*q_rows, recipe.q_granularity, Q_BLOCK, limit, group)
     k_codes, k_scale = _quantize_rows(*k_rows, recipe.k_granularity, K_BLOCK, limit)
-    v_scale, v_inverse = _v_scale(v32, recipe.v_granularity, recipe.v_stats_stride)
+    v_scale, v_inverse = _v_scale(v32, recipe.v_granularity, recipe.v_stats_shift(seqlen_k))
     v_scaled = v32 * v_inverse[:, :, None]
     v_codes = _to_e4m3(v_scaled)
     if recipe.compensate_v:
@@ -218,7 +218,7 @@ def from_fp8(
     fa3 = Fp8Recipe.fa3()
     recipe = fa3 if recipe is None else recipe
     fixed = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
-    fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "stats_stride")
+    fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "sample_stats")
     for name in fixed:
         if getattr(recipe, name) != getattr(fa3, name):
             raise ValueError(
@@ -366,7 +366,7 @@ def _quantize_rows(
     return codes.to(torch.int8), scale.masked_fill(broken, float("nan"))
 
 
-def _v_scale(v: torch.Tensor, granularity: str, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _v_scale(v: torch.Tensor, granularity: str, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and inverse of v (batch, heads, seqlen, head_dim), both (batch, heads, head_dim)."""
     batch, heads, seqlen, head_dim = v.shape
     amax = v.new_zeros(batch, heads, head_dim)
@@ -380,9 +380,9 @@ def _v_scale(v: torch.Tensor, granularity: str, stride: int) -> tuple[torch.Tens
     elif granularity == "tensor" and amax.numel():
         amax = amax.amax().expand(amax.shape)
     scale, inverse = _scale_of(amax, E4M3_MAX)
-    if stats_shift(seqlen, stride) == 0:
+    if shift == 0:
         return scale, inverse
-    of_sample = sizes[:, :, sampled_tokens(seqlen, stride).to(v.device)].amax(2)
+    of_sample = sizes[:, :, sampled_tokens(seqlen, shift).to(v.device)].amax(2)
     sample = _scale_of(of_sample.clamp(min=_SMALLEST_AMAX), E4M3_MAX / _HEADROOM)
     outgrown = amax * sample[1] >= _SATURATES
     return torch.where(outgrown, scale, sample[0]), torch.where(outgrown, inverse, sample[1])

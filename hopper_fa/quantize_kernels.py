@@ -37,23 +37,27 @@ def quantize_qkv(
     seqlen_k, heads_kv = k.shape[1:3]
     group = heads_q // heads_kv
 
-    # NOTE: launches may run beside those before (cutlass_kernels/include/hopper_fa/quantize.h), as statistics
-    # need inputs only, and all else inputs and statistics: the first launch waits, and that of K's rows,
-    # without which (no keys) none runs beside. Whatever a launch may still use stays allocated, so that none
-    # beside it is given that memory; the scratch of two passes over rows does not.
-    stride, v_first = recipe.stats_stride, recipe.v_stats_stride > 1
-    of_q = token_stats(q, stride) if recipe.smooth_q else TokenStats()
-    of_k = token_stats(k, stride, beside=recipe.smooth_q) if recipe.smooth_k else TokenStats()
-    of_v = v_stats(v, recipe, beside=recipe.smooth_q or recipe.smooth_k) if v_first else TokenStats()
-    k_codes, k_scale, key_bias = quantize_rows(k, recipe, of_k.mean, of_q.mean, group, queries=False)
-    beside = seqlen_k > 0 and {recipe.q_granularity, recipe.k_granularity} <= _ONE_PASS
-    q_codes, q_scale, lse_shift = quantize_rows(
-        q, recipe, of_q.mean, of_k.mean, group, queries=True, beside=beside
-    )
-    if not v_first:  # what is read whole for its statistics is rounded next: L2 still holds half of it
-        of_v = v_stats(v, recipe, beside=beside)
-        beside = beside and of_v.mean is None and of_v.amax is None
-    v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, beside=beside)
+    # NOTE: see Overlap in cutlass_kernels/include/hopper_fa/quantize.h. Statistics need inputs only, all else
+    # inputs and statistics. So the first launch waits, and K's rows do; without keys they have no launch, and
+    # the others wait. What a launch may still use stays allocated, so that none beside it is given that
+    # memory; but not the scratch of two passes over rows.
+    overlap = "none"
+    of_q, of_k, of_v = TokenStats(), TokenStats(), TokenStats()
+    if recipe.smooth_q:
+        of_q, overlap = token_stats(q, recipe.stats_shift(seqlen_q)), "all"
+    if recipe.smooth_k:
+        of_k, overlap = token_stats(k, recipe.stats_shift(seqlen_k), overlap=overlap), "all"
+    v_stats_last = recipe.v_stats_shift(seqlen_k) == 0
+    if _has_v_stats(recipe) and not v_stats_last:
+        of_v, overlap = v_stats(v, recipe, overlap), "all"
+    overlap = "loads" if overlap == "all" else "none"
+    k_codes, k_scale, key_bias = quantize_rows(k, recipe, of_k.mean, of_q.mean, group, False, overlap)
+    if seqlen_k > 0:
+        overlap = "all" if {recipe.q_granularity, recipe.k_granularity} <= _ONE_PASS else "loads"
+    q_codes, q_scale, lse_shift = quantize_rows(q, recipe, of_q.mean, of_k.mean, group, True, overlap)
+    if _has_v_stats(recipe) and v_stats_last:  # then V is rounded at once, as L2 still holds half of it
+        of_v, overlap = v_stats(v, recipe, "all" if overlap == "all" else "none"), "loads"
+    v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, overlap)
     return QuantizedQKV(
         q=q_codes,
         k=k_codes,
@@ -89,43 +93,46 @@ class TokenStats(NamedTuple):
 
 def token_stats(
     x: torch.Tensor,
-    stride: int = 1,
+    shift: int = 0,
     mean: bool = True,
     granularity: str | None = None,
-    beside: bool = False,
+    overlap: str = "none",
 ) -> TokenStats:
     """Statistics over the tokens of x (batch, seqlen, heads, head_dim), bfloat16 or float16.
 
     Args:
-        stride: one token in so many is looked at, see `hopper_fa.token_stats.sampled_tokens`.
+        shift: one token in 2**shift is looked at, see `hopper_fa.token_stats.sampled_tokens`; 0 to 6.
         mean: whether it is wanted.
         granularity: "tensor", "head", "channel": whose maxima are wanted; None: none.
-        beside: see `quantize_qkv`.
+        overlap: see `quantize_qkv`.
     """
     batch, seqlen, heads, head_dim = x.shape
-    shift = stride.bit_length() - 1
     of_x = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=x.device) if mean else None
     amax = outgrown = None
     if granularity is not None:
         shape = {"tensor": (1,), "head": (batch, heads)}.get(granularity, (batch, heads, head_dim))
         amax = torch.empty(shape, dtype=torch.int32, device=x.device)
-        if _C.stats_shift(seqlen, shift):
+        if shift:
             outgrown = torch.empty_like(amax)
     # fmt: off
     _run(
         _C.token_stats, x, shift, _pointer(of_x), _pointer(amax),
-        _C.GRANULARITIES[granularity or "none"], _pointer(outgrown), beside,
+        _C.GRANULARITIES[granularity or "none"], _pointer(outgrown), _C.OVERLAPS[overlap],
     )
     # fmt: on
     return TokenStats(of_x, amax, outgrown)
 
 
-def v_stats(v: torch.Tensor, recipe: Fp8Recipe, beside: bool = False) -> TokenStats:
-    """The statistics of V that `quantize_v` needs by `recipe`; beside: see `quantize_qkv`."""
-    if not recipe.smooth_v and recipe.v_granularity == "none":
+def v_stats(v: torch.Tensor, recipe: Fp8Recipe, overlap: str = "none") -> TokenStats:
+    """The statistics of V that `quantize_v` needs by `recipe`; overlap: see `quantize_qkv`."""
+    if not _has_v_stats(recipe):
         return TokenStats()
     granularity = None if recipe.v_granularity == "none" else recipe.v_granularity
-    return token_stats(v, recipe.v_stats_stride, recipe.smooth_v, granularity, beside)
+    return token_stats(v, recipe.v_stats_shift(v.shape[1]), recipe.smooth_v, granularity, overlap)
+
+
+def _has_v_stats(recipe: Fp8Recipe) -> bool:
+    return recipe.smooth_v or recipe.v_granularity != "none"
 
 
 def quantize_rows(
@@ -135,7 +142,7 @@ def quantize_rows(
     other_mean: torch.Tensor | None,
     group: int,
     queries: bool,
-    beside: bool = False,
+    overlap: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Q or K in 8 bits.
 
@@ -144,7 +151,7 @@ def quantize_rows(
         mean: (batch, heads, head_dim) float32, subtracted from x; other_mean: that of K for Q, of Q for K.
         group: query heads a key/value head.
         queries: x is Q.
-        beside: see `quantize_qkv`; for scales of tokens or blocks.
+        overlap: see `quantize_qkv`; for scales of tokens or blocks.
 
     Returns:
         codes (batch, seqlen, heads, pitch), scales (batch, heads, groups), and the products of rows and
@@ -170,21 +177,22 @@ def quantize_rows(
     _run(
         _C.quantize_rows, x, _C.DTYPES[recipe.qk_dtype], queries, group, _C.GRANULARITIES[granularity], block,
         _pointer(mean), rotate, _sign_bits(head_dim, recipe.rotation_seed) if rotate else b"",
-        _pointer(other_mean), _pointer(dots), _pointer(amax), _pointer(codes), _pointer(scale), beside,
+        _pointer(other_mean), _pointer(dots), _pointer(amax), _pointer(codes), _pointer(scale),
+        _C.OVERLAPS[overlap],
     )
     # fmt: on
     return codes, scale, dots
 
 
 def quantize_v(
-    v: torch.Tensor, recipe: Fp8Recipe, stats: TokenStats, beside: bool = False
+    v: torch.Tensor, recipe: Fp8Recipe, stats: TokenStats, overlap: str = "none"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """V in e4m3 in the layout of `QuantizedQKV.v`; v_scale and v_mean, (batch, heads, head_dim).
 
     Args:
         v: (batch, seqlen, heads, head_dim), bfloat16 or float16.
         stats: of `v_stats`. Its mean becomes v_mean in its place, its outgrown is written.
-        beside: see `quantize_qkv`.
+        overlap: see `quantize_qkv`.
     """
     batch, seqlen, heads, head_dim = v.shape
     scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=v.device)
@@ -198,7 +206,7 @@ def quantize_v(
     _run(
         _C.quantize_v, v, _pointer(mean), recipe.smooth_v, recipe.compensate_v, _pointer(stats.amax),
         _C.GRANULARITIES[recipe.v_granularity], _pointer(stats.outgrown), _pointer(out), _pointer(scale),
-        _pointer(workspace), beside,
+        _pointer(workspace), _C.OVERLAPS[overlap],
     )
     # fmt: on
     return out, scale, mean
@@ -208,7 +216,20 @@ def transpose_v(v: torch.Tensor) -> torch.Tensor:
     """V (batch, seqlen, heads, head_dim) that is float8_e4m3fn already, in the layout of `QuantizedQKV.v`."""
     v = _aligned(v)
     out = _empty_v(v)
-    _run(_C.quantize_v, v, 0, False, False, 0, _C.GRANULARITIES["none"], 0, _pointer(out), 0, 0, False)
+    _run(
+        _C.quantize_v,
+        v,
+        0,
+        False,
+        False,
+        0,
+        _C.GRANULARITIES["none"],
+        0,
+        _pointer(out),
+        0,
+        0,
+        _C.OVERLAPS["none"],
+    )
     return out
 
 

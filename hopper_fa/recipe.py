@@ -8,8 +8,6 @@ K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 ker
 FLUSH_INTERVAL, SMOOTH_FLUSH_INTERVAL = 16, 32  # key blocks, see Fp8Recipe.interval
 # Lazy rescaling: of P, whose largest lies between 2**6 and 2**8.8, see Fp8Recipe.rescale_threshold.
 LAZY_OFFSET, LAZY_THRESHOLD = 6.0, 2.8
-STATS_STRIDES = (1, 2, 4, 8)  # see Fp8Recipe.stats_stride
-STATS_TOKENS = 128  # that statistics are taken over at least, where there are so many
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 
@@ -37,15 +35,15 @@ class Fp8Recipe:
         rotation: "hadamard" multiplies Q and K by one random orthogonal matrix, which spreads outliers over
             the channels and leaves q . k as it was.
         rotation_seed: of the random signs in that matrix.
-        smooth_k: subtract K's mean over the keys of a head (see stats_stride). Exact: it shifts all scores of
+        smooth_k: subtract K's mean over the keys of a head (see sample_stats). Exact: it shifts all scores of
             a row alike.
         smooth_q: subtract Q's mean over the rows of a head. What that takes out of the scores, a number a
             key, is added to them in float32.
         smooth_v: subtract V's mean over the keys of a head, and add it to the output. Exact.
         compensate_v: add the mean over the keys of V's rounding error to the output, channel by channel. The
             wider the attention of a row, the more of what rounding V did to it that undoes.
-        stats_stride: the means that smoothing subtracts, and the channel maxima of V, are taken over one
-            token in so many (1, 2, 4 or 8; spread over the sequence, at least STATS_TOKENS, see
+        sample_stats: the means that smoothing subtracts, and the channel maxima of V, are taken over a sample
+            of the tokens (see `stats_shift`, `v_stats_shift`; spread over the sequence by
             `token_stats.sampled_tokens`), so that K and V are read once and not twice. Smoothing is exact
             with any vector. A channel of V whose other tokens exceed what its scale leaves room for gets the
             scale of its true maximum, and is read again. Where channels of V share a scale, all tokens count.
@@ -74,7 +72,7 @@ class Fp8Recipe:
     smooth_q: bool = False
     smooth_v: bool = False
     compensate_v: bool = False
-    stats_stride: int = 1
+    sample_stats: bool = False
     p_offset: float = 8.0
     rescale_threshold: float = 0.0
     accumulation: int | None = None
@@ -85,10 +83,6 @@ class Fp8Recipe:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}; pass one of them.")
-        if type(self.stats_stride) is not int or self.stats_stride not in STATS_STRIDES:
-            raise ValueError(
-                f"stats_stride is {self.stats_stride!r}; it must be one of {STATS_STRIDES}; pass one of them."
-            )
         if self.accumulation is not None and (type(self.accumulation) is not int or self.accumulation < 0):
             raise ValueError(
                 f"accumulation is {self.accumulation!r}; it must be a number of key blocks, 0 for never, or "
@@ -108,10 +102,22 @@ class Fp8Recipe:
         """Whether every key has a scale of its own, or an addend to its scores."""
         return self.k_granularity == "token" or self.smooth_q
 
-    @property
-    def v_stats_stride(self) -> int:
-        """stats_stride as it is for V: 1 where channels share a scale."""
-        return 1 if self.v_granularity in ("tensor", "head") else self.stats_stride
+    def stats_shift(self, seqlen: int) -> int:
+        """log2 of the neighbouring tokens of which the means of Q and K take one; 0: they take all.
+
+        With sample_stats as many as leave 128 tokens of `seqlen`, but at most 64.
+        """
+        return min(6, max(1, seqlen // 128).bit_length() - 1) if self.sample_stats else 0
+
+    def v_stats_shift(self, seqlen: int) -> int:
+        """The same for the mean and maxima of V, which decide more: 8, where that leaves 128 tokens.
+
+        And more, up to 64, where 512 tokens are left. 0 where channels share a scale.
+        """
+        if self.v_granularity in ("tensor", "head"):
+            return 0
+        of_512 = max(1, seqlen // 512).bit_length() - 1
+        return min(self.stats_shift(seqlen), max(3, of_512))
 
     def interval(self, head_dim: int) -> int:
         """Key blocks whose P V is one sum of the tensor core; 0: all.
@@ -136,8 +142,7 @@ class Fp8Recipe:
             v_granularity: every scale runs over all keys; only "none" does not.
             smooth_k, smooth_q, smooth_v, compensate_v: means over tokens. Smoothing is exact, but what is
                 left to round changes.
-            stats_stride: how much of the tokens those two lines mean; what it leaves out can still decide
-                V's scale.
+            sample_stats: which tokens those two lines mean; others can still decide V's scale.
             rotation, p_offset, rescale_threshold, accumulation, row_sum: never. A hidden key has P = 0, which
                 adds an exact 0 to every sum.
         What leaks is the size of rounding errors, and nothing where they are 0. NaN in V is the exception in
@@ -166,7 +171,7 @@ class Fp8Recipe:
             smooth_k=True,
             smooth_v=True,
             compensate_v=True,
-            stats_stride=8,
+            sample_stats=True,
             p_offset=LAZY_OFFSET,
             rescale_threshold=LAZY_THRESHOLD,
         )
@@ -175,7 +180,7 @@ class Fp8Recipe:
     def accurate(cls) -> "Fp8Recipe":
         """`default` with a scale for each row of Q, statistics of every token, and without lazy rescaling."""
         return replace(
-            cls.default(), q_granularity="token", stats_stride=1, p_offset=8.0, rescale_threshold=0.0
+            cls.default(), q_granularity="token", sample_stats=False, p_offset=8.0, rescale_threshold=0.0
         )
 
     @classmethod

@@ -5,40 +5,29 @@ The kernels: cutlass_kernels/quantize/token_stats.cuh, and quantize_v.cuh for `m
 
 import torch
 
-from hopper_fa.recipe import STATS_TOKENS
-
 _CHUNK = 128  # tokens whose sum is formed first in a mean
 _LANES = 16  # sums a chunk, that are then added pairwise
 _CTAS = 8  # sums of chunks a head, likewise
 
 
-def stats_shift(seqlen: int, stride: int) -> int:
-    """log2 of the tokens of which statistics take one: `stride`, or what leaves STATS_TOKENS of them."""
-    shift = stride.bit_length() - 1
-    while shift and seqlen >> shift < STATS_TOKENS:
-        shift -= 1
-    return shift
+def sampled_tokens(seqlen: int, shift: int) -> torch.Tensor:
+    """Indices of the tokens that statistics are taken over: int64, ascending; all of them if shift is 0.
 
-
-def sampled_tokens(seqlen: int, stride: int) -> torch.Tensor:
-    """Indices of the tokens that statistics are taken over: int64, ascending; all of them if stride is 1.
-
-    One in each whole group of 2**stats_shift neighbours, by a multiplicative hash of the group's number, so
-    that no short period of the tokens (a rotary embedding's, a pattern's) meets one of the sample.
+    One in each whole group of 2**shift neighbours, by a multiplicative hash of the group's number, so that no
+    short period of the tokens (a rotary embedding's, a pattern's) meets one of the sample.
     """
-    shift = stats_shift(seqlen, stride)
     group = torch.arange(seqlen >> shift)
     return (group << shift) + (group * 0x9E3779B1 % 2**32 >> 32 - shift)
 
 
-def token_mean(x: torch.Tensor, stride: int) -> torch.Tensor:
+def token_mean(x: torch.Tensor, shift: int) -> torch.Tensor:
     """Mean over `sampled_tokens` of x (batch, heads, seqlen, head_dim): (batch, heads, head_dim).
 
     Non-finite elements count as 0. The order of the additions: 128 tokens make a chunk (the last is filled up
     with zeros); lane r of 16 adds its tokens r, r + 16, r + 32, ... one after the other; then `tree_sum` of
     the lanes. Of the chunks, CTA r of 8 adds r, r + 8, ... to zero, one after the other; then `tree_sum`.
     """
-    x = x[:, :, sampled_tokens(x.shape[2], stride).to(x.device)]
+    x = x[:, :, sampled_tokens(x.shape[2], shift).to(x.device)]
     tokens = x.shape[2]
     chunks = max(1, -(-tokens // _CHUNK))
     padded = x.new_zeros(*x.shape[:2], chunks * _CHUNK, x.shape[3])

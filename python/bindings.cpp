@@ -270,21 +270,24 @@ void bind_quantize(py::module_& m) {
                                      py::arg("block") = static_cast<int>(Granularity::kBlock),
                                      py::arg("token") = static_cast<int>(Granularity::kToken),
                                      py::arg("channel") = static_cast<int>(Granularity::kChannel));
+  m.attr("OVERLAPS") = py::dict(py::arg("none") = static_cast<int>(Overlap::kNone),
+                                py::arg("loads") = static_cast<int>(Overlap::kLoads),
+                                py::arg("all") = static_cast<int>(Overlap::kAll));
   m.def("quantize_dtypes", &quantize_dtypes);
   m.def("quantize_v_workspace", &quantize_v_workspace);
 
   m.def("token_stats", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
-                          int batch, int seqlen, int heads, int head_dim, int stride_shift,
-                          std::uintptr_t mean, std::uintptr_t amax, int granularity, std::uintptr_t outgrown,
-                          bool beside, std::uintptr_t stream) {
+                          int batch, int seqlen, int heads, int head_dim, int shift, std::uintptr_t mean,
+                          std::uintptr_t amax, int granularity, std::uintptr_t outgrown, int overlap,
+                          std::uintptr_t stream) {
     TokenStatsParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
-    p.stride_shift = stride_shift;
+    p.shift = shift;
     p.mean = pointer<float>(mean);
     p.amax = pointer<uint32_t>(amax);
     p.granularity = static_cast<Granularity>(granularity);
     p.outgrown = pointer<uint32_t>(outgrown);
-    p.beside = beside;
+    p.overlap = static_cast<Overlap>(overlap);
     return static_cast<int>(run_token_stats(p, pointer<CUstream_st>(stream)));
   });
 
@@ -293,7 +296,7 @@ void bind_quantize(py::module_& m) {
                             int q_heads_per_kv, int granularity, int rows_per_block, std::uintptr_t mean,
                             bool rotate, std::string const& signs, std::uintptr_t other_mean,
                             std::uintptr_t dots, std::uintptr_t amax, std::uintptr_t out,
-                            std::uintptr_t scale, bool beside, std::uintptr_t stream) {
+                            std::uintptr_t scale, int overlap, std::uintptr_t stream) {
     QuantizeRowsParams p{};
     if (signs.size() > sizeof(p.signs)) return static_cast<int>(Status::kInvalidArgument);
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
@@ -310,14 +313,14 @@ void bind_quantize(py::module_& m) {
     p.amax = pointer<uint32_t>(amax);
     p.out = pointer<void>(out);
     p.scale = pointer<float>(scale);
-    p.beside = beside;
+    p.overlap = static_cast<Overlap>(overlap);
     return static_cast<int>(run_quantize_rows(p, pointer<CUstream_st>(stream)));
   });
 
   m.def("quantize_v", [](int dtype, std::uintptr_t x, int64_t x_batch, int64_t x_row, int64_t x_head,
                          int batch, int seqlen, int heads, int head_dim, std::uintptr_t mean, bool smooth,
                          bool compensate, std::uintptr_t amax, int granularity, std::uintptr_t outgrown,
-                         std::uintptr_t out, std::uintptr_t scale, std::uintptr_t workspace, bool beside,
+                         std::uintptr_t out, std::uintptr_t scale, std::uintptr_t workspace, int overlap,
                          std::uintptr_t stream) {
     QuantizeVParams p;
     p.in = {static_cast<DType>(dtype), tensor_ref(x, x_batch, x_row, x_head), batch, seqlen, heads, head_dim};
@@ -330,13 +333,12 @@ void bind_quantize(py::module_& m) {
     p.out = pointer<void>(out);
     p.scale = pointer<float>(scale);
     p.workspace = pointer<float>(workspace);
-    p.beside = beside;
+    p.overlap = static_cast<Overlap>(overlap);
     return static_cast<int>(run_quantize_v(p, pointer<CUstream_st>(stream)));
   });
 
   // Host-compiled index arithmetic, for the tests.
   m.def("tile_columns", &tile_columns);
-  m.def("stats_shift", &stats_shift);
   m.def("sampled_token", &sampled_token);
   m.def("key_at", &key_at);
   m.def("key_mask", &key_mask);

@@ -109,7 +109,8 @@ template <DType kIn, int kLoads>
 __global__ void __launch_bounds__(kVThreads)
     finish_v_kernel(__grid_constant__ QuantizeVArguments const args) {
   __shared__ FinishVShared shared;
-  begin_launch();
+  wait_for_launches(true);
+  let_next_begin();
   int const slices = ceil_div(args.head_dim, kVSlice);
   int const head_batch = blockIdx.x / slices, first_channel = (blockIdx.x - head_batch * slices) * kVSlice;
   int const channels = min_int(kVSlice, args.head_dim - first_channel);

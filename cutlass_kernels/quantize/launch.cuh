@@ -15,7 +15,7 @@
 namespace hopper_fa {
 
 // Grids are flat, at most 2^31 - 1 CTAs.
-// CTAs may begin before the launches before it end: see begin_launch.
+// CTAs may begin before the launches before it end: see Overlap.
 template <class Arguments>
 Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, cudaStream_t stream,
               Arguments const& args, int cluster = 1) {
@@ -51,7 +51,7 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.x = static_cast<uint16_t const*>(in.x.data);
   args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
   args.head_stride = in.x.head_stride;
-  args.shift = stats_shift(in.seqlen, p.stride_shift);
+  args.shift = p.shift;
   args.tokens = in.seqlen >> args.shift, args.heads = in.heads, args.head_dim = in.head_dim;
   args.chunks = ceil_div(args.tokens, kStatsChunk);
   args.mean = p.mean;
@@ -59,7 +59,7 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   args.amax = p.amax;
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
   args.outgrown = p.outgrown;
-  args.beside = p.beside;
+  args.overlap = p.overlap;
 
   int64_t const head_batches = int64_t(in.batch) * in.heads;
   if (p.amax && p.granularity != Granularity::kChannel) {
@@ -124,7 +124,7 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   args.heads_a_amax = make_divisor(heads_a_amax);
   int const amaxes = in.heads / heads_a_amax;  // of a batch entry
   args.amax_batch = granularity == Granularity::kTensor ? 0 : amaxes;
-  args.beside = p.beside;
+  args.overlap = p.overlap;
 
   int const columns = tile_columns(in.head_dim);
   args.tile_rows = granularity == Granularity::kBlock ? p.rows_per_block : 64;
@@ -193,7 +193,7 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   args.scale = p.scale;
   args.errors = p.compensate ? p.workspace : nullptr;
   args.mean_out = p.mean;
-  args.beside = p.beside;
+  args.overlap = p.overlap;
   args.outgrown = p.outgrown;
   auto const kernel = columns == 64    ? quantize_v_kernel<kIn, 64>
                       : columns == 128 ? quantize_v_kernel<kIn, 128>

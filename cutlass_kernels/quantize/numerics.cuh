@@ -14,17 +14,14 @@ constexpr float kSmallestAmax = 0x1p-100f;  // below it a group counts as zeros
 constexpr float kHeadroom = 32.f;           // that V's scale leaves above the maximum of a sample
 constexpr float kSaturates = 432.f;         // from here on all is rounded to 448
 
-// Every kernel begins with begin_launch: it waits until the launches before this one in the stream are done,
-// unless this one may run beside them (quantize.h: beside), and lets the next one's CTAs begin when this
-// one's are all under way. A kernel that may run beside others ends with end_launch, so that its end still
-// means theirs.
-__device__ __forceinline__ void begin_launch(bool beside = false) {
-  if (!beside) asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");
+// Where `here`, until the launches before this one in the stream are done. Every kernel calls it at the place
+// that its launch's Overlap says; those that may run beside others do so last, so that their end means the
+// end of all before them.
+__device__ __forceinline__ void wait_for_launches(bool here) {
+  if (here) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
-__device__ __forceinline__ void end_launch(bool beside) {
-  if (beside) asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+// The next launch's CTAs may begin when all of this one's are under way.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // 16 bytes to shared memory, zeros in place of what does not exist; to be waited for by the same thread.
 // NOTE: cute's copy asks L2 for 128 bytes besides.

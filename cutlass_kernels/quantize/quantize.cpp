@@ -54,11 +54,11 @@ int64_t quantize_v_workspace(int batch, int seqlen, int heads, int head_dim) {
 }
 
 Status run_token_stats(TokenStatsParams const& p, CUstream_st* stream) {
-  bool const stride = p.stride_shift >= 0 && p.stride_shift <= 3;
-  bool const sampled = stride && stats_shift(p.in.seqlen, p.stride_shift) > 0;
+  bool const sampled = p.shift > 0;
   bool const granularity = sampled ? p.granularity == Granularity::kChannel : is_v_granularity(p.granularity);
   bool const outgrown = p.amax && sampled;
-  bool const fits = stride && (!p.amax || granularity) && outgrown == (p.outgrown != nullptr);
+  bool const fits =
+      p.shift >= 0 && p.shift <= 6 && (!p.amax || granularity) && outgrown == (p.outgrown != nullptr);
   return run(p, &QuantizeInstance::token_stats, fits, stream);
 }
 
@@ -70,9 +70,9 @@ Status run_quantize_rows(QuantizeRowsParams const& p, CUstream_st* stream) {
   bool const granularity = p.granularity != Granularity::kNone && p.granularity != Granularity::kChannel &&
                            (p.granularity != Granularity::kGroup || p.queries);
   bool const out_dtype = p.out_dtype == DType::kE4M3 || p.out_dtype == DType::kInt8;
-  bool const beside = !p.beside || !p.amax;
+  bool const overlap = p.overlap != Overlap::kAll || !p.amax;
   return run(p, &QuantizeInstance::rows,
-             whole_groups && block_fits && scratch && granularity && out_dtype && beside, stream);
+             whole_groups && block_fits && scratch && granularity && out_dtype && overlap, stream);
 }
 
 Status run_quantize_v(QuantizeVParams const& p, CUstream_st* stream) {
@@ -81,7 +81,7 @@ Status run_quantize_v(QuantizeVParams const& p, CUstream_st* stream) {
                     (moves ? !p.mean && !p.amax : p.scale != nullptr) &&
                     (p.mean || !p.smooth && !p.compensate) && (p.workspace || !p.compensate) &&
                     (!p.outgrown || p.amax && p.granularity == Granularity::kChannel) &&
-                    (!p.beside || !moves);
+                    (p.overlap == Overlap::kNone || !moves);
   return run(p, &QuantizeInstance::v, fits, stream);
 }
 

@@ -18,6 +18,7 @@
 #include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 
+#include "hopper_fa/quantize.h"
 #include "quantize/chunk.cuh"
 
 namespace hopper_fa {
@@ -38,7 +39,7 @@ struct QuantizeVArguments {
   // leaves, the largest of them, less the mean; else 0. May be null.
   uint32_t* outgrown;
   float* mean_out;  // with errors: mean (or 0), and what rounding took from V on average; may be mean
-  bool beside;      // see begin_launch
+  Overlap overlap;
 };
 
 // What the arithmetic needs of a channel.
@@ -213,13 +214,15 @@ template <DType kIn, int kColumns>
 __global__ void __launch_bounds__(kVThreads, 2)
     quantize_v_kernel(__grid_constant__ QuantizeVArguments const args) {
   __shared__ VShared<kColumns> shared;
-  begin_launch(args.beside);
   ChunkPart<kColumns> const part;
   constexpr int kGroups = kStatsChunk / kKeyGroup * part.kChunks;  // of a CTA
   // NOTE: last tile first: what the statistics read last may still lie in L2.
   QuantizeTile const tile = args.tiles.get(gridDim.x - 1 - blockIdx.x);
   int const chunk = tile.block * part.kChunks + part.chunk;
+  wait_for_launches(args.overlap == Overlap::kNone);
   auto loads = load_chunk<3>(args, part, tile, chunk, 0);
+  wait_for_launches(args.overlap == Overlap::kLoads);
+  let_next_begin();
   int64_t const head_channels = static_cast<int64_t>(tile.batch * args.heads + tile.head) * args.head_dim;
   for (int c = threadIdx.x; c < args.head_dim; c += kVThreads) {
     float const mean = args.mean ? __ldcg(args.mean + head_channels + c) : 0.f;
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kVThreads, 2)
   __syncthreads();
   store_codes<kColumns, kGroups>(args, tile, shared.codes, kColumns, 0, kColumns + kOnesRows,
                                  tile.block * kGroups);
-  end_launch(args.beside);
+  wait_for_launches(args.overlap == Overlap::kAll);
 }
 
 }  // namespace hopper_fa

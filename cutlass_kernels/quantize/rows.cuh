@@ -9,6 +9,7 @@
 // A warp has 2048 elements, a thread 64 of them: WarpRows.
 #pragma once
 
+#include "hopper_fa/quantize.h"
 #include "quantize/rotate.cuh"
 
 namespace hopper_fa {
@@ -37,7 +38,7 @@ struct RowsArguments {
   Divisor heads_a_amax;
   uint8_t* out;
   float* scale;
-  bool beside;  // see begin_launch
+  Overlap overlap;
 };
 
 constexpr int kRowsCta = 128;  // rows of the largest CTA
@@ -293,7 +294,6 @@ __global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, row
     quantize_rows_kernel(__grid_constant__ RowsArguments const args) {
   extern __shared__ uint4 rows_shared[];
   auto& shared = reinterpret_cast<RowsShared<kColumns>&>(rows_shared);
-  begin_launch(args.beside);
   int const warp = threadIdx.x / 32;
   auto& own = shared.warps[warp];
   // NOTE: last tile first: what an earlier pass over the tensor read last may still lie in L2.
@@ -301,7 +301,10 @@ __global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, row
   int const first = part * args.cta_tiles;
   int const position = min_int(first + args.cta_tiles, args.head_tiles) - 1;  // at least first
   QuantizeTile tile = args.tiles.get(position * args.heads + head);
+  wait_for_launches(args.overlap == Overlap::kNone);
   fetch_rows<kColumns>(args, tile, warp, own);
+  wait_for_launches(args.overlap == Overlap::kLoads);
+  let_next_begin();
   if (args.rotate && threadIdx.x < kColumns / 2) {
     uint32_t const two = args.signs[threadIdx.x / 4] >> (2 * threadIdx.x % 8);
     shared.signs[threadIdx.x] = (two & 1) << 15 | (two & 2) << 30;
@@ -309,7 +312,7 @@ __global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, row
   for (int i = position; i >= first; --i)
     round_tile<kIn, kOut>(args, shared, own, tile, i > first, i & 1,
                           i == position || tile.block == args.tiles.blocks.divisor - 1);
-  end_launch(args.beside);
+  wait_for_launches(args.overlap == Overlap::kAll);
 }
 
 }  // namespace hopper_fa

@@ -8,6 +8,7 @@
 
 #include <cooperative_groups.h>
 
+#include "hopper_fa/quantize.h"
 #include "quantize/layout.h"
 #include "quantize/numerics.cuh"
 
@@ -23,7 +24,7 @@ struct TokenStatsArguments {
   uint32_t* amax;
   int64_t amax_batch, amax_head, amax_channel;  // strides; 0 where a scale is shared
   uint32_t* outgrown;                           // (batch, heads, head_dim), set to 0; may be null
-  bool beside;                                  // see begin_launch
+  Overlap overlap;
 };
 
 // s[0] becomes the first 2 kHalf elements joined by op(s[r], s[r + half]), from kHalf down to 1.
@@ -94,7 +95,8 @@ __global__ void __launch_bounds__(512, 2)
     token_stats_kernel(__grid_constant__ TokenStatsArguments const args) {
   extern __shared__ uint4 raw[];  // (8, threads): every thread copies what it will read
   float* const of_lanes = reinterpret_cast<float*>(raw + 8 * blockDim.x);  // (16, head_dim)
-  begin_launch(args.beside);
+  wait_for_launches(args.overlap != Overlap::kAll);
+  let_next_begin();
   auto const cluster = cooperative_groups::this_cluster();
   int const ctas = cluster.num_blocks(), rank = cluster.block_rank();
   int const head_batch = blockIdx.x / ctas;
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(512, 2)
     }
   }
   cluster.sync();  // no CTA ends while others read its shared memory
-  end_launch(args.beside);
+  wait_for_launches(args.overlap == Overlap::kAll);
 }
 
 }  // namespace hopper_fa

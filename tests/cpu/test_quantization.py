@@ -71,9 +71,6 @@ def test_presets_say_what_they_leak() -> None:
         ("p_offset", float("nan")),
         ("rescale_threshold", 1.0),
         ("rescale_threshold", -1.0),
-        ("stats_stride", 3),
-        ("stats_stride", 0),
-        ("stats_stride", 8.0),
     ],
 )
 def test_recipe_refuses(field: str, value: object) -> None:
@@ -217,27 +214,39 @@ def test_means_add_in_the_documented_order(seed: int) -> None:
 
 
 def test_sampled_means_are_of_the_sample(seed: int) -> None:
-    q, k, v = Case(2, 2, 1, 1500, 1100, 24).qkv(torch.float32, seed)
-    recipe = replace(PLAIN, smooth_q=True, smooth_k=True, smooth_v=True, stats_stride=4)
+    q, k, v = Case(2, 2, 1, 1500, 2100, 24).qkv(torch.float32, seed)
+    recipe = replace(PLAIN, smooth_q=True, smooth_k=True, smooth_v=True, sample_stats=True)
     x = quantize_qkv(q, k, v, recipe)
     q_mean, k_mean, v_mean = (
-        t[:, sampled_tokens(t.shape[1], 4)].double().mean(1).repeat_interleave(2 // t.shape[2], 1)
-        for t in (q, k, v)
+        t[:, sampled_tokens(t.shape[1], shift)].double().mean(1).repeat_interleave(2 // t.shape[2], 1)
+        for t, shift in ((q, 3), (k, 4), (v, 3))
     )
     lse_shift = torch.einsum("bihd,bhd->bhi", q.double(), k_mean)
     key_bias = torch.einsum("bhd,bjhd->bhj", q_mean, k.double().repeat_interleave(2, 2) - k_mean[:, None])
     for got, want in ((x.lse_shift, lse_shift), (x.key_bias, key_bias), (x.v_mean, v_mean[:, :1])):
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
-    assert len(sampled_tokens(1100, 4)) == 275
+
+
+def test_size_of_the_sample() -> None:
+    sampling, every = Fp8Recipe.default(), Fp8Recipe.accurate()
+    for seqlen in (0, 1, 255, 256, 1023, 1024, 2048, 4095, 4096, 8191, 8192, 2**15, 2**17 + 5, 2**20):
+        for_means, for_v = (f(seqlen) for f in (sampling.stats_shift, sampling.v_stats_shift))
+        assert seqlen >> for_means >= min(seqlen, 128) and for_means <= 6
+        assert for_means == 6 or seqlen >> for_means < 256  # no more than needed
+        assert for_v <= for_means and seqlen >> for_v >= min(seqlen, 128 if for_v <= 3 else 512)
+        assert for_v >= min(for_means, 3) and (for_v in (3, 6, for_means) or seqlen >> for_v < 1024)
+        assert every.stats_shift(seqlen) == every.v_stats_shift(seqlen) == 0
+        assert replace(sampling, v_granularity="head").v_stats_shift(seqlen) == 0
+    assert [sampling.v_stats_shift(2**n) for n in range(7, 18)] == [0, 1, 2, 3, 3, 3, 4, 5, 6, 6, 6]
 
 
 @pytest.mark.parametrize("smooth_v", [False, True])
 def test_what_outgrows_a_sample(smooth_v: bool, seed: int) -> None:
     """A sample's maximum leaves room for 32 times as much (30.9: 432 rounds to 448), then the true one."""
     q, k, v = Case(1, 1, 1, 8, 1024, 24).qkv(torch.float32, seed)
-    tokens = sampled_tokens(1024, 8)
+    tokens = sampled_tokens(1024, 3)
     other = next(t for t in range(1024) if t not in tokens.tolist())
-    recipe = replace(PLAIN, smooth_v=smooth_v, stats_stride=8)
+    recipe = replace(PLAIN, smooth_v=smooth_v, sample_stats=True)
     v = v.clamp(-3, 3)
     v[0, tokens[0]], v[0, tokens[1]] = 4.0, -4.0
     centre = quantize_qkv(q, k, v, recipe).v_mean[0, 0] if smooth_v else torch.zeros(24)
@@ -251,7 +260,7 @@ def test_what_outgrows_a_sample(smooth_v: bool, seed: int) -> None:
     for c in (1, 2, 3):
         torch.testing.assert_close(scale[c], (v[0, :, 0, c] - centre[c]).abs().max() / 448)
     assert ((x.dequantize()[2] - v).abs() <= (v - centre).abs() / 15.9 + scale * 2.0**-10).all()
-    every = quantize_qkv(q, k, v, replace(recipe, stats_stride=1))
+    every = quantize_qkv(q, k, v, replace(recipe, sample_stats=False))
     torch.testing.assert_close(scale[1:3], every.v_scale[0, 0, 1:3], rtol=0.5, atol=0)
 
 
@@ -357,11 +366,11 @@ def test_a_common_offset_of_keys_disappears_in_smoothing(seed: int) -> None:
     assert quantize_qkv(q, k + offset, k, bare).k_scale.min() > 4 * x.k_scale.max()
 
 
-@pytest.mark.parametrize("stride", [1, 8])
-def test_compensation_leaves_no_mean_error_in_v(stride: int, seed: int) -> None:
+@pytest.mark.parametrize("sample_stats", [False, True])
+def test_compensation_leaves_no_mean_error_in_v(sample_stats: bool, seed: int) -> None:
     q, k, v = Case(1, 1, 1, 8, 1100, 72).qkv(torch.float32, seed)
     for smooth_v in (False, True):
-        recipe = replace(PLAIN, smooth_v=smooth_v, stats_stride=stride)
+        recipe = replace(PLAIN, smooth_v=smooth_v, sample_stats=sample_stats)
         left = [
             (quantize_qkv(q, k, v + 1, replace(recipe, compensate_v=on)).dequantize()[2] - (v + 1)).mean(1)
             for on in (False, True)

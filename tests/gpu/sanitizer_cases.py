@@ -111,7 +111,7 @@ def run_quantization(options: argparse.Namespace, generator: torch.Generator) ->
         for heads_kv, seqlen_k in ((32, 260), (64, 260), (2, 1100)):
             sizes = [(6, s, h, head_dim) for s, h in ((130, 64), (seqlen_k, heads_kv), (seqlen_k, heads_kv))]
             q, k, v = (torch.randn(size, generator=generator, device="cuda").bfloat16() for size in sizes)
-            sampled = sampled_tokens(seqlen_k, default.stats_stride).tolist()
+            sampled = sampled_tokens(seqlen_k, default.v_stats_shift(seqlen_k)).tolist()
             other = next(token for token in reversed(range(seqlen_k)) if token not in sampled)
             v[0, other, 0, -1], v[1, other, 1, 0] = 3000.0, -3000.0
             v[1, 0, 1, 1] = float("nan")

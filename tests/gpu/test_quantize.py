@@ -87,13 +87,13 @@ def test_granularities_of_q_and_k(
 @pytest.mark.parametrize("granularity", ["none", "tensor", "head", "channel"])
 @pytest.mark.parametrize("smooth", [False, True], ids=["raw", "smooth"])
 @pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
-@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("sample_stats", [False, True], ids=["all tokens", "sample"])
 def test_granularities_of_v(
-    stride: int, compensate: bool, smooth: bool, granularity: str, dtype: torch.dtype, seed: int
+    sample_stats: bool, compensate: bool, smooth: bool, granularity: str, dtype: torch.dtype, seed: int
 ) -> None:
     q, k, v = Case(2, 2, 2, 20, 1100, 96).qkv(dtype, seed, "cuda")
     recipe = Fp8Recipe(
-        v_granularity=granularity, smooth_v=smooth, compensate_v=compensate, stats_stride=stride
+        v_granularity=granularity, smooth_v=smooth, compensate_v=compensate, sample_stats=sample_stats
     )
     check(q, k, 3 * v + 1, recipe)
 
@@ -115,11 +115,11 @@ def test_distributions(distribution: str, dtype: torch.dtype, seed: int) -> None
         check(change(q), change(k), change(v), recipe)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 4, 8])
-@pytest.mark.parametrize("length", [127, 255, 256, 257, 511, 1031, 2100])
-def test_sampled_statistics(length: int, stride: int, dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.parametrize("sample_stats", [False, True], ids=["all tokens", "sample"])
+@pytest.mark.parametrize("length", [127, 255, 256, 257, 511, 1031, 2100, 9000, 40_001])
+def test_sampled_statistics(length: int, sample_stats: bool, dtype: torch.dtype, seed: int) -> None:
     q, k, v = Case(2, 2, 2, length, length, 72).qkv(dtype, seed, "cuda")
-    check(q, k + 1, 3 * v - 1, replace(EVERYTHING, stats_stride=stride))
+    check(q, k + 1, 3 * v - 1, replace(EVERYTHING, sample_stats=sample_stats))
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 128, 256])
@@ -131,7 +131,7 @@ def test_what_outgrows_a_sample(
     """Channels whose largest element is not in the sample, some by less than the scale leaves room for."""
     recipe = replace(EVERYTHING, smooth_v=smooth, compensate_v=compensate)
     q, k, v = Case(2, 2, 2, 20, 2100, head_dim).qkv(dtype, seed, "cuda")
-    sampled = sampled_tokens(2100, recipe.stats_stride)
+    sampled = sampled_tokens(2100, recipe.v_stats_shift(2100))
     others = torch.ones(2100, dtype=torch.bool).index_fill_(0, sampled, False).nonzero()[:, 0]
     v[0, others[5], 0, :16] = 100.0 * 2.0 ** torch.arange(16, device="cuda") / 2**7
     v[0, others[-1], 1, -1] = -2000.0

@@ -3,11 +3,6 @@
 //
 // Order of calls: run_token_stats for every tensor that is smoothed, and for V if it has scales;
 // run_quantize_rows for Q and for K; run_quantize_v. What a call reads of another's output is named below.
-//
-// `beside` in a call's parameters: its kernels may run beside those of the call before it. All that they read
-// was there when that call's began; neither it nor what it still reads or writes overlaps what they write. Of
-// a chain of such calls, that goes for each of them and for the one before the first, which was a call of
-// this family with beside false.
 #pragma once
 
 #include "hopper_fa/types.h"
@@ -19,6 +14,14 @@ namespace hopper_fa {
 // Which elements share a scale. kGroup: the query heads of one key/value head. kBlock: rows_per_block rows.
 enum class Granularity : int { kNone, kTensor, kGroup, kHead, kBlock, kToken, kChannel };
 
+// What of a call may happen while the calls before it in the stream still run.
+//
+// kLoads and kAll: the call before was one of this family, and inputs were there when the first of a row of
+// such calls, which has kNone, had waited. kAll besides: what others of the family wrote that this call reads
+// was there when the last one that does not have kAll had waited, and no call from that one on reads or
+// writes what this one writes.
+enum class Overlap : int { kNone, kLoads, kAll };
+
 // One (batch, seqlen, heads, head_dim) tensor: 16-byte aligned pointer and strides, last dimension
 // contiguous.
 struct QuantizeInput {
@@ -27,18 +30,9 @@ struct QuantizeInput {
   int batch, seqlen, heads, head_dim;  // head_dim a multiple of 8, at most 256
 };
 
-constexpr int kStatsTokens = 128;  // that a sample has at least
-
-// Statistics are of one token in 2^(what this returns): of stride_shift, or of less, to leave kStatsTokens.
-inline int stats_shift(int seqlen, int stride_shift) {
-  int shift = stride_shift;
-  while (shift && seqlen >> shift < kStatsTokens) --shift;
-  return shift;
-}
-
 struct TokenStatsParams {
   QuantizeInput in;  // bf16 or fp16
-  int stride_shift;  // 0 to 3, see stats_shift
+  int shift;         // statistics are of one token in 2^shift, 0 to 6
   float* mean;       // (batch, heads, head_dim), written; null: not wanted
   // Written: the largest finite |x - mean|, or |x| without mean, as float bits; null: not wanted. kTensor:
   // one, kHead: (batch, heads), kChannel: (batch, heads, head_dim); of a sample kChannel only.
@@ -46,7 +40,7 @@ struct TokenStatsParams {
   Granularity granularity;
   // For QuantizeVParams, where amax is of a sample; else null: (batch, heads, head_dim), set to 0.
   uint32_t* outgrown;
-  bool beside;
+  Overlap overlap;
 };
 
 struct QuantizeRowsParams {
@@ -62,11 +56,11 @@ struct QuantizeRowsParams {
   // Q: K's mean, for products of the unsmoothed rows with it. K: Q's mean, for products of the smoothed rows
   // with those of all its query heads. (batch, heads of the other tensor, head_dim); null: none.
   float const* other_mean;
-  float* dots;     // (batch, query heads, seqlen), written if there is other_mean
-  uint32_t* amax;  // scratch of kTensor, kGroup and kHead: two integers a scale
-  void* out;       // (batch, seqlen, heads, head_dim rounded up to 16), contiguous
-  float* scale;    // (batch, heads, number of groups): 1, blocks or seqlen of them
-  bool beside;     // not with scratch, which two passes share
+  float* dots;      // (batch, query heads, seqlen), written if there is other_mean
+  uint32_t* amax;   // scratch of kTensor, kGroup and kHead: two integers a scale
+  void* out;        // (batch, seqlen, heads, head_dim rounded up to 16), contiguous
+  float* scale;     // (batch, heads, number of groups): 1, blocks or seqlen of them
+  Overlap overlap;  // not kAll with scratch, which two passes share
 };
 
 struct QuantizeVParams {
@@ -82,7 +76,7 @@ struct QuantizeVParams {
   void* out;     // (batch, heads, tile_d + 8, seqlen rounded up to 16), keys permuted; tile_d: 64, 128 or 256
   float* scale;  // (batch, heads, head_dim), written; null for e4m3
   float* workspace;  // quantize_v_workspace floats; null without compensate
-  bool beside;
+  Overlap overlap;
 };
 
 Status run_token_stats(TokenStatsParams const& params, CUstream_st* stream);
