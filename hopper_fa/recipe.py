@@ -112,12 +112,12 @@ class Fp8Recipe:
     def v_stats_shift(self, seqlen: int) -> int:
         """The same for the mean and maxima of V, which decide more: 8, where that leaves 128 tokens.
 
-        And more, up to 64, where 512 tokens are left. 0 where channels share a scale.
+        And more, up to 64, where 1024 tokens are left. 0 where channels share a scale.
         """
         if self.v_granularity in ("tensor", "head"):
             return 0
-        of_512 = max(1, seqlen // 512).bit_length() - 1
-        return min(self.stats_shift(seqlen), max(3, of_512))
+        of_1024 = max(1, seqlen // 1024).bit_length() - 1
+        return min(self.stats_shift(seqlen), max(3, of_1024))
 
     def interval(self, head_dim: int) -> int:
         """Key blocks whose P V is one sum of the tensor core; 0: all.

@@ -27,7 +27,7 @@ __device__ __forceinline__ void tree_sum(float (&x)[kSize], int size) {
 // The sums of a head's chunks, `sums` apart by head_dim, are filled up with zeros to a power of two and added
 // by a[i] + a[i + half] until one is left. A CTA has a channel a lane, and warp w the chunks w + kWarps j.
 struct ChunkTree {
-  int size = 1;  // what the sums that are left are filled up to
+  int size;  // what the sums that are left are filled up to
 
   // The warp's part.
   template <int kWarps, int kLoads>
@@ -35,6 +35,7 @@ struct ChunkTree {
     int const warp = threadIdx.x / 32;
     auto const at = [&](int64_t chunk) { return chunk * head_dim; };
     int left = chunks;
+    size = 1;
     while (size < left) size *= 2;
     // Above kLoads a warp the first steps go through memory, where no thread reads what another has written.
     for (; size > kWarps * kLoads; size /= 2, left = min_int(left, size)) {
@@ -116,27 +117,32 @@ __global__ void __launch_bounds__(kVThreads)
   int const channels = min_int(kVSlice, args.head_dim - first_channel);
   int64_t const head_channels = static_cast<int64_t>(head_batch) * args.head_dim + first_channel;
   int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (args.outgrown) {
-    uint32_t const outgrown = threadIdx.x < channels ? args.outgrown[head_channels + threadIdx.x] : 0;
-    if (__syncthreads_or(outgrown != 0)) {
-      QuantizeTile const tile = {0, head_batch % args.heads, head_batch / args.heads};
-      round_slice<kIn>(args, tile, first_channel, channels, outgrown, shared);
-    }
+  bool const exists = lane < channels;
+  int64_t const at = head_channels + (exists ? lane : 0);
+  ChunkTree tree;
+  auto const part_of_errors = [&] {
+    if (!args.errors) return 0.f;
+    int64_t const first = static_cast<int64_t>(head_batch) * args.chunks * args.head_dim + first_channel;
+    return tree.of_warp<kVThreads / 32, kLoads>(args.errors + first + lane, args.chunks, args.head_dim,
+                                                exists);
+  };
+  // NOTE: all of these are under way before it is known whether there is something to round.
+  uint32_t const outgrown =
+      args.outgrown && threadIdx.x < channels ? args.outgrown[head_channels + threadIdx.x] : 0;
+  float part = part_of_errors(), scale = args.scale[at];
+  float const mean = args.mean ? args.mean[at] : 0.f;
+  if (__syncthreads_or(outgrown != 0)) {
+    QuantizeTile const tile = {0, head_batch % args.heads, head_batch / args.heads};
+    round_slice<kIn>(args, tile, first_channel, channels, outgrown, shared);
+    part = part_of_errors(), scale = args.scale[at];
   }
   if (!args.errors) return;
-
-  bool const exists = lane < channels;
-  float* const errors =
-      args.errors + static_cast<int64_t>(head_batch) * args.chunks * args.head_dim + first_channel + lane;
-  ChunkTree tree;
-  shared.of_warps[warp][lane] =
-      tree.of_warp<kVThreads / 32, kLoads>(errors, args.chunks, args.head_dim, exists);
+  shared.of_warps[warp][lane] = part;
   __syncthreads();
   if (warp > 0 || !exists) return;
-  float const mean = __fdiv_rn(tree.of_all(shared.of_warps), static_cast<float>(max_int(1, args.seqlen)));
-  int64_t const at = head_channels + lane;
-  float const error = __fmul_rn(args.scale[at], mean);
-  args.mean_out[at] = args.mean ? __fadd_rn(args.mean[at], error) : error;
+  float const taken = __fdiv_rn(tree.of_all(shared.of_warps), static_cast<float>(max_int(1, args.seqlen)));
+  float const error = __fmul_rn(scale, taken);
+  args.mean_out[at] = args.mean ? __fadd_rn(mean, error) : error;
 }
 
 }  // namespace hopper_fa

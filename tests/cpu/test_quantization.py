@@ -233,11 +233,11 @@ def test_size_of_the_sample() -> None:
         for_means, for_v = (f(seqlen) for f in (sampling.stats_shift, sampling.v_stats_shift))
         assert seqlen >> for_means >= min(seqlen, 128) and for_means <= 6
         assert for_means == 6 or seqlen >> for_means < 256  # no more than needed
-        assert for_v <= for_means and seqlen >> for_v >= min(seqlen, 128 if for_v <= 3 else 512)
-        assert for_v >= min(for_means, 3) and (for_v in (3, 6, for_means) or seqlen >> for_v < 1024)
+        assert for_v <= for_means and seqlen >> for_v >= min(seqlen, 128 if for_v <= 3 else 1024)
+        assert for_v >= min(for_means, 3) and (for_v in (3, 6, for_means) or seqlen >> for_v < 2048)
         assert every.stats_shift(seqlen) == every.v_stats_shift(seqlen) == 0
         assert replace(sampling, v_granularity="head").v_stats_shift(seqlen) == 0
-    assert [sampling.v_stats_shift(2**n) for n in range(7, 18)] == [0, 1, 2, 3, 3, 3, 4, 5, 6, 6, 6]
+    assert [sampling.v_stats_shift(2**n) for n in range(7, 18)] == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 6]
 
 
 @pytest.mark.parametrize("smooth_v", [False, True])
