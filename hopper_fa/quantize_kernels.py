@@ -3,6 +3,7 @@
 Those two are float32 sums over head_dim in another order.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
 DTYPES: tuple[str, ...] = tuple(_C.quantize_dtypes())
 
 _CODES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
-_ONE_PASS = {"token", "block"}  # granularities of Q and K that need no scratch
+Launches = list[Callable[[], None]]  # each keeps the tensors that its kernels use
+_ONE_PASS = {"none", "token", "block"}  # granularities of Q and K that need no scratch
 
 
 def quantize_qkv(
@@ -39,25 +41,35 @@ def quantize_qkv(
 
     # NOTE: see Overlap in cutlass_kernels/include/hopper_fa/quantize.h. Statistics need inputs only, all else
     # inputs and statistics. So the first launch waits, and K's rows do; without keys they have no launch, and
-    # the others wait. What a launch may still use stays allocated, so that none beside it is given that
-    # memory; but not the scratch of two passes over rows.
+    # the others wait. All memory is allocated before the first launch and none freed before the last, so that
+    # no launch is given what one that it runs beside still uses, in whatever thread.
+    launches: Launches = []
     overlap = "none"
     of_q, of_k, of_v = TokenStats(), TokenStats(), TokenStats()
     if recipe.smooth_q:
-        of_q, overlap = token_stats(q, recipe.stats_shift(seqlen_q)), "all"
+        of_q, overlap = token_stats(q, recipe.stats_shift(seqlen_q), launches=launches), "all"
     if recipe.smooth_k:
-        of_k, overlap = token_stats(k, recipe.stats_shift(seqlen_k), overlap=overlap), "all"
+        shift = recipe.stats_shift(seqlen_k)
+        of_k, overlap = token_stats(k, shift, overlap=overlap, launches=launches), "all"
     v_stats_last = recipe.v_stats_shift(seqlen_k) == 0
     if _has_v_stats(recipe) and not v_stats_last:
-        of_v, overlap = v_stats(v, recipe, overlap), "all"
+        of_v, overlap = v_stats(v, recipe, overlap, launches), "all"
     overlap = "loads" if overlap == "all" else "none"
-    k_codes, k_scale, key_bias = quantize_rows(k, recipe, of_k.mean, of_q.mean, group, False, overlap)
-    if seqlen_k > 0:
-        overlap = "all" if {recipe.q_granularity, recipe.k_granularity} <= _ONE_PASS else "loads"
-    q_codes, q_scale, lse_shift = quantize_rows(q, recipe, of_q.mean, of_k.mean, group, True, overlap)
+    k_codes, k_scale, key_bias = quantize_rows(
+        k, recipe, of_k.mean, of_q.mean, group, queries=False, overlap=overlap, launches=launches
+    )
+    overlap = "all" if seqlen_k > 0 else overlap
+    of_rows = "loads" if overlap == "all" and recipe.q_granularity not in _ONE_PASS else overlap
+    q_codes, q_scale, lse_shift = quantize_rows(
+        q, recipe, of_q.mean, of_k.mean, group, queries=True, overlap=of_rows, launches=launches
+    )
     if _has_v_stats(recipe) and v_stats_last:  # then V is rounded at once, as L2 still holds half of it
-        of_v, overlap = v_stats(v, recipe, "all" if overlap == "all" else "none"), "loads"
-    v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, overlap)
+        per_channel = recipe.v_granularity in ("none", "channel")
+        of_v = v_stats(v, recipe, overlap if per_channel else "none", launches)
+        overlap = "loads"
+    v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, overlap, launches)
+    for launch in launches:
+        launch()
     return QuantizedQKV(
         q=q_codes,
         k=k_codes,
@@ -97,6 +109,7 @@ def token_stats(
     mean: bool = True,
     granularity: str | None = None,
     overlap: str = "none",
+    launches: Launches | None = None,
 ) -> TokenStats:
     """Statistics over the tokens of x (batch, seqlen, heads, head_dim), bfloat16 or float16.
 
@@ -104,7 +117,8 @@ def token_stats(
         shift: one token in 2**shift is looked at, see `hopper_fa.token_stats.sampled_tokens`; 0 to 6.
         mean: whether it is wanted.
         granularity: "tensor", "head", "channel": whose maxima are wanted; None: none.
-        overlap: see `quantize_qkv`.
+        overlap: see `quantize_qkv`; "all" not for maxima that channels share.
+        launches: where the launch is put, to be made by the caller; None: it is made.
     """
     batch, seqlen, heads, head_dim = x.shape
     of_x = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=x.device) if mean else None
@@ -114,21 +128,27 @@ def token_stats(
         amax = torch.empty(shape, dtype=torch.int32, device=x.device)
         if shift:
             outgrown = torch.empty_like(amax)
-    # fmt: off
-    _run(
-        _C.token_stats, x, shift, _pointer(of_x), _pointer(amax),
-        _C.GRANULARITIES[granularity or "none"], _pointer(outgrown), _C.OVERLAPS[overlap],
-    )
-    # fmt: on
+
+    def launch() -> None:
+        # fmt: off
+        _run(
+            _C.token_stats, x, shift, _pointer(of_x), _pointer(amax),
+            _C.GRANULARITIES[granularity or "none"], _pointer(outgrown), _C.OVERLAPS[overlap],
+        )
+        # fmt: on
+
+    _make(launch, launches)
     return TokenStats(of_x, amax, outgrown)
 
 
-def v_stats(v: torch.Tensor, recipe: Fp8Recipe, overlap: str = "none") -> TokenStats:
-    """The statistics of V that `quantize_v` needs by `recipe`; overlap: see `quantize_qkv`."""
+def v_stats(
+    v: torch.Tensor, recipe: Fp8Recipe, overlap: str = "none", launches: Launches | None = None
+) -> TokenStats:
+    """The statistics of V that `quantize_v` needs by `recipe`; overlap, launches: as in `token_stats`."""
     if not _has_v_stats(recipe):
         return TokenStats()
     granularity = None if recipe.v_granularity == "none" else recipe.v_granularity
-    return token_stats(v, recipe.v_stats_shift(v.shape[1]), recipe.smooth_v, granularity, overlap)
+    return token_stats(v, recipe.v_stats_shift(v.shape[1]), recipe.smooth_v, granularity, overlap, launches)
 
 
 def _has_v_stats(recipe: Fp8Recipe) -> bool:
@@ -143,6 +163,7 @@ def quantize_rows(
     group: int,
     queries: bool,
     overlap: str = "none",
+    launches: Launches | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Q or K in 8 bits.
 
@@ -151,7 +172,8 @@ def quantize_rows(
         mean: (batch, heads, head_dim) float32, subtracted from x; other_mean: that of K for Q, of Q for K.
         group: query heads a key/value head.
         queries: x is Q.
-        overlap: see `quantize_qkv`; for scales of tokens or blocks.
+        overlap: see `quantize_qkv`; "all" not for scales of more rows than a block.
+        launches: as in `token_stats`.
 
     Returns:
         codes (batch, seqlen, heads, pitch), scales (batch, heads, groups), and the products of rows and
@@ -173,26 +195,34 @@ def quantize_rows(
     if granularity not in _ONE_PASS:
         amax = torch.empty(max(1, batch * heads), 2, dtype=torch.int32, device=x.device)
     rotate = recipe.rotation == "hadamard"
-    # fmt: off
-    _run(
-        _C.quantize_rows, x, _C.DTYPES[recipe.qk_dtype], queries, group, _C.GRANULARITIES[granularity], block,
-        _pointer(mean), rotate, _sign_bits(head_dim, recipe.rotation_seed) if rotate else b"",
-        _pointer(other_mean), _pointer(dots), _pointer(amax), _pointer(codes), _pointer(scale),
-        _C.OVERLAPS[overlap],
-    )
-    # fmt: on
+    signs = _sign_bits(head_dim, recipe.rotation_seed) if rotate else b""
+
+    def launch() -> None:
+        # fmt: off
+        _run(
+            _C.quantize_rows, x, _C.DTYPES[recipe.qk_dtype], queries, group, _C.GRANULARITIES[granularity],
+            block, _pointer(mean), rotate, signs, _pointer(other_mean), _pointer(dots), _pointer(amax),
+            _pointer(codes), _pointer(scale), _C.OVERLAPS[overlap],
+        )
+        # fmt: on
+
+    _make(launch, launches)
     return codes, scale, dots
 
 
 def quantize_v(
-    v: torch.Tensor, recipe: Fp8Recipe, stats: TokenStats, overlap: str = "none"
+    v: torch.Tensor,
+    recipe: Fp8Recipe,
+    stats: TokenStats,
+    overlap: str = "none",
+    launches: Launches | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """V in e4m3 in the layout of `QuantizedQKV.v`; v_scale and v_mean, (batch, heads, head_dim).
 
     Args:
         v: (batch, seqlen, heads, head_dim), bfloat16 or float16.
         stats: of `v_stats`. Its mean becomes v_mean in its place, its outgrown is written.
-        overlap: see `quantize_qkv`.
+        overlap: see `quantize_qkv`; launches: as in `token_stats`.
     """
     batch, seqlen, heads, head_dim = v.shape
     scale = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=v.device)
@@ -202,13 +232,17 @@ def quantize_v(
         mean = torch.empty_like(scale) if mean is None else mean
         floats = _C.quantize_v_workspace(batch, seqlen, heads, head_dim)
         workspace = torch.empty(max(1, floats), dtype=torch.float32, device=v.device)
-    # fmt: off
-    _run(
-        _C.quantize_v, v, _pointer(mean), recipe.smooth_v, recipe.compensate_v, _pointer(stats.amax),
-        _C.GRANULARITIES[recipe.v_granularity], _pointer(stats.outgrown), _pointer(out), _pointer(scale),
-        _pointer(workspace), _C.OVERLAPS[overlap],
-    )
-    # fmt: on
+
+    def launch() -> None:
+        # fmt: off
+        _run(
+            _C.quantize_v, v, _pointer(mean), recipe.smooth_v, recipe.compensate_v, _pointer(stats.amax),
+            _C.GRANULARITIES[recipe.v_granularity], _pointer(stats.outgrown), _pointer(out), _pointer(scale),
+            _pointer(workspace), _C.OVERLAPS[overlap],
+        )
+        # fmt: on
+
+    _make(launch, launches)
     return out, scale, mean
 
 
@@ -216,20 +250,8 @@ def transpose_v(v: torch.Tensor) -> torch.Tensor:
     """V (batch, seqlen, heads, head_dim) that is float8_e4m3fn already, in the layout of `QuantizedQKV.v`."""
     v = _aligned(v)
     out = _empty_v(v)
-    _run(
-        _C.quantize_v,
-        v,
-        0,
-        False,
-        False,
-        0,
-        _C.GRANULARITIES["none"],
-        0,
-        _pointer(out),
-        0,
-        0,
-        _C.OVERLAPS["none"],
-    )
+    none, after_all = _C.GRANULARITIES["none"], _C.OVERLAPS["none"]
+    _run(_C.quantize_v, v, 0, False, False, 0, none, 0, _pointer(out), 0, 0, after_all)
     return out
 
 
@@ -254,6 +276,14 @@ def _aligned(t: torch.Tensor) -> torch.Tensor:
     strides = zip(t.stride()[:3], t.shape[:3], strict=True)
     sound = t.stride(-1) == 1 and all(stride % 8 == 0 or size <= 1 for stride, size in strides)
     return t if sound and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _make(launch: Callable[[], None], launches: Launches | None) -> None:
+    """Make a launch now, or leave it to whoever has `launches`."""
+    if launches is None:
+        launch()
+    else:
+        launches.append(launch)
 
 
 def _run(function: Any, x: torch.Tensor, *arguments: Any) -> None:

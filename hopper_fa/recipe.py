@@ -14,7 +14,7 @@ INT8_MAX = 127.0
 _CHOICES = {
     "qk_dtype": ("e4m3", "int8"),
     "q_granularity": ("tensor", "group", "head", "block", "token"),
-    "k_granularity": ("tensor", "head", "block", "token"),
+    "k_granularity": ("none", "tensor", "head", "block", "token"),
     "v_granularity": ("none", "tensor", "head", "channel"),
     "rotation": ("none", "hadamard"),
     "row_sum": ("product", "fp32"),
@@ -30,7 +30,8 @@ class Fp8Recipe:
         q_granularity: which elements of Q share a scale: "tensor" (all), "group" (batch entry and key/value
             head, so all query heads that read it: FlashAttention-3's), "head" (batch entry and query head),
             "block" (of a head, Q_BLOCK rows) or "token" (each row).
-        k_granularity: "tensor", "head", "block" (K_BLOCK keys) or "token".
+        k_granularity: "none" (scale 1, e4m3 only: K is rotated and rounded, and saturates at 448), "tensor",
+            "head", "block" (K_BLOCK keys) or "token".
         v_granularity: "none" (scale 1: V is only rounded, and saturates at 448), "tensor", "head", "channel".
         rotation: "hadamard" multiplies Q and K by one random orthogonal matrix, which spreads outliers over
             the channels and leaves q . k as it was.
@@ -83,6 +84,11 @@ class Fp8Recipe:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}; pass one of them.")
+        if self.k_granularity == "none" and self.qk_dtype != "e4m3":
+            raise ValueError(
+                f'k_granularity is "none" and qk_dtype {self.qk_dtype!r}; only e4m3 can do without a scale; '
+                'pass qk_dtype "e4m3", or another k_granularity.'
+            )
         if self.accumulation is not None and (type(self.accumulation) is not int or self.accumulation < 0):
             raise ValueError(
                 f"accumulation is {self.accumulation!r}; it must be a number of key blocks, 0 for never, or "
@@ -138,7 +144,7 @@ class Fp8Recipe:
 
         It can through every statistic over tokens. Field by field:
             q_granularity, k_granularity: a scale over a tensor, group, head or block is the largest element
-                of later tokens too; only "token" is a token's own.
+                of later tokens too; only "token" is a token's own, and "none" nobody's.
             v_granularity: every scale runs over all keys; only "none" does not.
             smooth_k, smooth_q, smooth_v, compensate_v: means over tokens. Smoothing is exact, but what is
                 left to round changes.
@@ -150,7 +156,7 @@ class Fp8Recipe:
         """
         return (
             self.q_granularity != "token"
-            or self.k_granularity != "token"
+            or self.k_granularity not in ("none", "token")
             or self.v_granularity != "none"
             or self.smooth_k
             or self.smooth_q
@@ -187,11 +193,13 @@ class Fp8Recipe:
     def causal_safe(cls) -> "Fp8Recipe":
         """No statistic over tokens, so nothing leaks from later ones (`leaks_future` is False).
 
-        V is rounded as it is: values above 448 saturate, and those below 2**-6 lose relative precision.
+        K and V are rounded as they are (K rotated): values above 448 saturate, and those below 2**-6 lose
+        relative precision. A scale for each key (`k_granularity="token"`) does without that limit, but costs
+        a multiplication a score: no faster than BF16 (docs/fp8.md).
         """
         return cls(
             q_granularity="token",
-            k_granularity="token",
+            k_granularity="none",
             v_granularity="none",
             rotation="hadamard",
             p_offset=LAZY_OFFSET,

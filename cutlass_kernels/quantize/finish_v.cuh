@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kVThreads)
     return tree.of_warp<kVThreads / 32, kLoads>(args.errors + first + lane, args.chunks, args.head_dim,
                                                 exists);
   };
+  // NOTE: sums that go through memory are rounded anew with their slice, if it is.
   // NOTE: all of these are under way before it is known whether there is something to round.
   uint32_t const outgrown =
       args.outgrown && threadIdx.x < channels ? args.outgrown[head_channels + threadIdx.x] : 0;

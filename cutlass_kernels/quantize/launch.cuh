@@ -14,18 +14,18 @@
 
 namespace hopper_fa {
 
-// Grids are flat, at most 2^31 - 1 CTAs.
+// Grids are flat, at most 2^31 - 1 CTAs. kNone: the kernel need not wait itself.
 // CTAs may begin before the launches before it end: see Overlap.
 template <class Arguments>
 Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, cudaStream_t stream,
-              Arguments const& args, int cluster = 1) {
+              Arguments const& args, int cluster = 1, Overlap overlap = Overlap::kLoads) {
   if (ctas > 0x7fffffff) return Status::kInvalidArgument;
   if (shared > 48 * 1024 &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess)
     return Status::kLaunchError;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[0].val.programmaticStreamSerializationAllowed = overlap != Overlap::kNone;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = 1;
   attributes[1].val.clusterDim.z = 1;
@@ -116,6 +116,7 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   Granularity const granularity = p.granularity;
   args.scale_of = granularity == Granularity::kToken   ? ScaleOf::kRow
                   : granularity == Granularity::kBlock ? ScaleOf::kTile
+                  : granularity == Granularity::kNone  ? ScaleOf::kNone
                                                        : ScaleOf::kGiven;
   bool const given = args.scale_of == ScaleOf::kGiven;
   int const heads_a_amax = granularity == Granularity::kTensor  ? in.heads
@@ -128,7 +129,8 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
 
   int const columns = tile_columns(in.head_dim);
   args.tile_rows = granularity == Granularity::kBlock ? p.rows_per_block : 64;
-  if (in.seqlen == 0 && !given) return Status::kOk;  // one scale for all rows exists without rows too
+  bool const one = given || args.scale_of == ScaleOf::kNone;
+  if (in.seqlen == 0 && !one) return Status::kOk;  // one scale for all rows exists without rows too
   int const tiles = max_int(1, ceil_div(in.seqlen, args.tile_rows));
   args.tiles = make_quantize_tiles(in.heads, tiles);
   int64_t const count = int64_t(in.batch) * in.heads * tiles;
@@ -171,7 +173,7 @@ Status launch_transpose_v(QuantizeVParams const& p, cudaStream_t stream) {
   int const threads = ceil_div(args.groups * in.head_dim / 8, 32) * 32;
   int const shared = in.head_dim * args.groups * 16;
   return launch<TransposeVArguments>(transpose_v_kernel<kIn>, int64_t(in.batch) * in.heads * tiles, threads,
-                                     shared, stream, args);
+                                     shared, stream, args, 1, Overlap::kNone);
 }
 
 template <DType kIn>
@@ -199,7 +201,10 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
                       : columns == 128 ? quantize_v_kernel<kIn, 128>
                                        : quantize_v_kernel<kIn, 256>;
   int64_t const heads = int64_t(in.batch) * in.heads;
-  Status const status = launch<QuantizeVArguments>(kernel, heads * tiles, kVThreads, 0, stream, args);
+  // NOTE: its loads are of memory that does not change while a kernel runs, to the compiler, which may place
+  // them before a wait.
+  Status const status =
+      launch<QuantizeVArguments>(kernel, heads * tiles, kVThreads, 0, stream, args, 1, args.overlap);
   if (status != Status::kOk || !p.outgrown && !p.compensate) return status;
   auto const finish = args.chunks <= 32 ? finish_v_kernel<kIn, 4> : finish_v_kernel<kIn, 32>;
   return launch<QuantizeVArguments>(finish, heads * ceil_div(in.head_dim, kVSlice), kVThreads, 0, stream,

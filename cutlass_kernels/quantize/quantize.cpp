@@ -57,8 +57,9 @@ Status run_token_stats(TokenStatsParams const& p, CUstream_st* stream) {
   bool const sampled = p.shift > 0;
   bool const granularity = sampled ? p.granularity == Granularity::kChannel : is_v_granularity(p.granularity);
   bool const outgrown = p.amax && sampled;
-  bool const fits =
-      p.shift >= 0 && p.shift <= 6 && (!p.amax || granularity) && outgrown == (p.outgrown != nullptr);
+  bool const overlap = p.overlap != Overlap::kAll || !p.amax || p.granularity == Granularity::kChannel;
+  bool const fits = p.shift >= 0 && p.shift <= 6 && (!p.amax || granularity) &&
+                    outgrown == (p.outgrown != nullptr) && overlap;
   return run(p, &QuantizeInstance::token_stats, fits, stream);
 }
 
@@ -66,13 +67,16 @@ Status run_quantize_rows(QuantizeRowsParams const& p, CUstream_st* stream) {
   bool const whole_groups = p.q_heads_per_kv >= 1 && (!p.queries || p.in.heads % p.q_heads_per_kv == 0);
   bool const block_fits =
       p.granularity != Granularity::kBlock || p.rows_per_block == 64 || p.rows_per_block == 128;
-  bool const scratch = p.granularity == Granularity::kBlock || p.granularity == Granularity::kToken || p.amax;
-  bool const granularity = p.granularity != Granularity::kNone && p.granularity != Granularity::kChannel &&
-                           (p.granularity != Granularity::kGroup || p.queries);
+  bool const one_pass = p.granularity == Granularity::kNone || p.granularity == Granularity::kBlock ||
+                        p.granularity == Granularity::kToken;
+  bool const granularity = p.granularity != Granularity::kChannel &&
+                           (p.granularity != Granularity::kGroup || p.queries) &&
+                           (p.granularity != Granularity::kNone || p.out_dtype == DType::kE4M3);
   bool const out_dtype = p.out_dtype == DType::kE4M3 || p.out_dtype == DType::kInt8;
   bool const overlap = p.overlap != Overlap::kAll || !p.amax;
   return run(p, &QuantizeInstance::rows,
-             whole_groups && block_fits && scratch && granularity && out_dtype && overlap, stream);
+             whole_groups && block_fits && (one_pass || p.amax) && granularity && out_dtype && overlap,
+             stream);
 }
 
 Status run_quantize_v(QuantizeVParams const& p, CUstream_st* stream) {

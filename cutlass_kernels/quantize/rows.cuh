@@ -14,7 +14,7 @@
 
 namespace hopper_fa {
 
-enum class ScaleOf : int { kRow, kTile, kGiven };
+enum class ScaleOf : int { kRow, kTile, kGiven, kNone };
 
 struct RowsArguments {
   uint16_t const* x;
@@ -225,6 +225,10 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
       set_scale(own, exists(own) && lane % 4 == 0,
                 static_cast<int64_t>(head_batch) * args.seqlen + row_of(own));
     }
+  } else if (args.scale_of == ScaleOf::kNone) {
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) scale[own] = {1.f, norm_left};
+    if (threadIdx.x == 0 && tile.block == 0) args.scale[head_batch] = 1.f;
   } else {
 #pragma unroll
     for (int own = 1; own < kOwn; ++own)

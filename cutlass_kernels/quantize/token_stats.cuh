@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(512, 2)
       // NOTE: not where an x - mean overflows, which takes elements beyond half of BF16's range.
       float const amax =
           lowest <= highest && is_finite(centre) ? fmaxf(highest - centre, centre - lowest) : 0.f;
-      uint32_t const bits = exists ? __float_as_uint(amax) : 0;
+      uint32_t const bits = exists ? __float_as_uint(fabsf(amax)) : 0;  // -0 would be the largest
       uint32_t* const to =
           args.amax + batch * args.amax_batch + head * args.amax_head + channel * args.amax_channel;
       if (args.amax_channel) {

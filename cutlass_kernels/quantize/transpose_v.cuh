@@ -38,7 +38,6 @@ __device__ __forceinline__ void transpose_bytes(uint32_t a, uint32_t b, uint32_t
 template <DType kIn>
 __global__ void __launch_bounds__(256) transpose_v_kernel(__grid_constant__ TransposeVArguments const args) {
   extern __shared__ uint4 staged[];  // v_slot(channel, group)
-  wait_for_launches(true);
   let_next_begin();
   QuantizeTile const tile = args.tiles.get(blockIdx.x);
   int const head_batch = tile.batch * args.heads + tile.head;

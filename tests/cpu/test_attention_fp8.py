@@ -74,7 +74,8 @@ def test_key_vectors(k_granularity: str, smooth_q: bool, seed: int) -> None:
 
 
 def test_recipes_without_a_kernel_say_why() -> None:
-    for recipe in (Fp8Recipe.causal_safe(), replace(Fp8Recipe.default(), smooth_q=True)):
+    default = Fp8Recipe.default()
+    for recipe in (replace(default, k_granularity="token"), replace(default, smooth_q=True)):
         for head_dim in (64, 256):
             assert kernels.fp8_variant(recipe, head_dim) == "fp8_keys"
             assert kernels.fp8_problem(recipe, head_dim) is None
@@ -95,7 +96,9 @@ def test_variants_by_head_dim() -> None:
     assert kernels.fp8_variant(replace(recipe, accumulation=1), 256) == "fp8"
     assert kernels.fp8_variant(replace(recipe, accumulation=5), 256) == "fp8_flush"
     assert kernels.fp8_variant(Fp8Recipe.fa3(), 256) == "fp8_raw"
-    assert Fp8Recipe.causal_safe().interval(256) == 1
+    assert replace(recipe, k_granularity="token").interval(256) == 1
+    for head_dim, variant in ((64, "fp8"), (128, "fp8"), (256, "fp8_flush")):
+        assert kernels.fp8_variant(Fp8Recipe.causal_safe(), head_dim) == variant
     tile = kernels.forward_tile(256, "fp8_flush")
     assert tile["flush_floats"] == 64 * 256 * tile["consumer_warpgroups"]
 

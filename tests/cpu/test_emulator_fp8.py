@@ -278,7 +278,8 @@ def test_what_leaks_from_later_tokens(name: str, seed: int) -> None:
     recipes = [RECIPES[name]]
     if not recipes[0].leaks_future:  # nothing that may be changed about it makes it leak
         recipes += [
-            replace(recipes[0], qk_dtype="int8"),
+            replace(recipes[0], k_granularity="token"),
+            replace(recipes[0], k_granularity="token", qk_dtype="int8"),
             replace(recipes[0], accumulation=0, p_offset=4.0, rescale_threshold=4.0),
             replace(recipes[0], row_sum="fp32", rotation="none"),
         ]

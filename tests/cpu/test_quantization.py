@@ -49,10 +49,13 @@ def test_presets_say_what_they_leak() -> None:
         for value in values:
             assert replace(safe, **{field: value}).leaks_future
     same = replace(
-        safe, qk_dtype="int8", rotation="none", p_offset=4.0, rescale_threshold=4.0, accumulation=0,
+        safe, rotation="none", p_offset=4.0, rescale_threshold=4.0, accumulation=0,
         row_sum="fp32",
     )  # fmt: skip
     assert not same.leaks_future
+    assert not replace(safe, k_granularity="token", qk_dtype="int8").leaks_future
+    with pytest.raises(ValueError, match="scale"):
+        replace(safe, qk_dtype="int8")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,7 @@ def test_presets_say_what_they_leak() -> None:
         ("v_granularity", "block"),
         ("rotation", "random"),
         ("row_sum", "fp16"),
+        ("k_granularity", "channel"),
         ("accumulation", -1),
         ("accumulation", 1.0),
         ("p_offset", 9.0),
@@ -187,6 +191,23 @@ def test_scales_of_v(granularity: str, seed: int) -> None:
     want = (amax / torch.full_like(amax, 448)).expand(2, 1, 2, 72) if dims else torch.ones(2, 1, 2, 72)
     assert torch.equal(x.v_scale[:, None], want)
     assert ((x.dequantize()[2] - v).abs() <= v.abs() / 15.9 + x.v_scale[:, None] * 2.0**-10).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_k_without_a_scale(head_dim: int, seed: int) -> None:
+    """What rounding to e4m3 leaves of rotated K: 1/16 of an element, 2**-10 near 0, and 448 at most."""
+    q, k, v = Case(1, 1, 1, 8, 130, head_dim).qkv(torch.float32, seed)
+    k[0, 5] = 300.0
+    recipe = replace(PLAIN, k_granularity="none", rotation="hadamard")
+    x = quantize_qkv(q, k, v, recipe)
+    rotated = rotate(k[0, :, 0], rotation_signs(head_dim, recipe.rotation_seed))
+    assert (x.k_scale == 1).all() and x.k_scale.shape == (1, 1, 1)
+    codes = x.k[0, :, 0, :head_dim].float()
+    clamped = rotated.clamp(-448, 448)
+    assert ((codes - clamped).abs() <= clamped.abs() / 15.9 + 2.0**-10).all()
+    assert rotated.abs().max() > 448 and (codes.abs() == 448).any()
+    empty = quantize_qkv(q, k[:, :0], v[:, :0], recipe)
+    assert torch.equal(empty.k_scale, x.k_scale)
 
 
 def test_means_add_in_the_documented_order(seed: int) -> None:

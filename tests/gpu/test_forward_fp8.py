@@ -39,9 +39,10 @@ RECIPES = {
     "fa3": Fp8Recipe.fa3(),
     "fa3_paper": Fp8Recipe.fa3_paper(),
     "plain": Fp8Recipe(q_granularity="token", k_granularity="head", v_granularity="none"),
-    # A scale or a bias a key, kernels of their own.
     "causal_safe": Fp8Recipe.causal_safe(),
-    "causal_safe_int8": replace(Fp8Recipe.causal_safe(), qk_dtype="int8"),
+    # A scale or a bias a key, kernels of their own.
+    "scaled_keys": replace(Fp8Recipe.causal_safe(), k_granularity="token"),
+    "scaled_keys_int8": replace(Fp8Recipe.causal_safe(), k_granularity="token", qk_dtype="int8"),
     "smooth_q": replace(Fp8Recipe.default(), smooth_q=True),
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
@@ -108,7 +109,7 @@ def test_one_block(head_dim: int, seed: int) -> None:
     assert_agrees(quantize_qkv(q, k, v, replace(RECIPES["plain"], qk_dtype="int8")), truth)
 
 
-@pytest.mark.parametrize("recipe", ["default", "e4m3", "every_block", "causal_safe"])
+@pytest.mark.parametrize("recipe", ["default", "e4m3", "every_block", "causal_safe", "scaled_keys"])
 @pytest.mark.parametrize("case", HEAD_DIM_CASES + SEQLEN_CASES + GQA_CASES + SCALE_CASES, ids=str)
 def test_shared_cases(case: Case, recipe: str, seed: int) -> None:
     check(case, recipe, seed)
@@ -185,7 +186,7 @@ RANGES = [(8.0, 0.0), (8.0, 0.8), (6.0, 2.8), (0.0, 8.8)]
 @every_instance
 @pytest.mark.parametrize("growth", [0.05, 2.0, 40.0], ids=str)
 @pytest.mark.parametrize("p_range", RANGES, ids=str)
-@pytest.mark.parametrize("recipe", ["default", "e4m3", "every_block", "fa3", "causal_safe", "smooth_q"])
+@pytest.mark.parametrize("recipe", ["default", "e4m3", "every_block", "fa3", "scaled_keys", "smooth_q"])
 def test_maxima_that_outgrow_a_threshold(
     recipe: str, p_range: tuple[float, float], growth: float, head_dim: int, causal: bool, seed: int
 ) -> None:
@@ -215,13 +216,14 @@ def test_a_row_rescales_by_itself(dtype: str, head_dim: int, seed: int) -> None:
 
 @every_instance
 @pytest.mark.parametrize("position", [1, 77, 384])
-def test_causal_safe_hides_every_later_token(position: int, head_dim: int, seed: int) -> None:
+@pytest.mark.parametrize("recipe", ["causal_safe", "scaled_keys", "scaled_keys_int8"])
+def test_safe_recipes_hide_every_later_token(recipe: str, position: int, head_dim: int, seed: int) -> None:
     q, k, v = Case(1, 2, 1, 700, 700, head_dim, True).qkv(torch.bfloat16, seed, "cuda")
     changed = [t.clone() for t in (q, k, v)]
     for t in changed:
         t[:, position:] = 5 * torch.randn_like(t[:, position:])
-    out, _ = run_poisoned(quantize_qkv(q, k, v, Fp8Recipe.causal_safe()), None, True)
-    other, _ = run_poisoned(quantize_qkv(*changed, Fp8Recipe.causal_safe()), None, True)
+    out, _ = run_poisoned(quantize_qkv(q, k, v, RECIPES[recipe]), None, True)
+    other, _ = run_poisoned(quantize_qkv(*changed, RECIPES[recipe]), None, True)
     assert torch.equal(out[:, :position], other[:, :position])
 
 

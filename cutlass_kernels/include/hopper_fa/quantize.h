@@ -20,6 +20,7 @@ enum class Granularity : int { kNone, kTensor, kGroup, kHead, kBlock, kToken, kC
 // such calls, which has kNone, had waited. kAll besides: what others of the family wrote that this call reads
 // was there when the last one that does not have kAll had waited, and no call from that one on reads or
 // writes what this one writes.
+// Statistics take kLoads for kNone. V that is e4m3 has kNone.
 enum class Overlap : int { kNone, kLoads, kAll };
 
 // One (batch, seqlen, heads, head_dim) tensor: 16-byte aligned pointer and strides, last dimension
@@ -40,7 +41,7 @@ struct TokenStatsParams {
   Granularity granularity;
   // For QuantizeVParams, where amax is of a sample; else null: (batch, heads, head_dim), set to 0.
   uint32_t* outgrown;
-  Overlap overlap;
+  Overlap overlap;  // not kAll with maxima that channels share
 };
 
 struct QuantizeRowsParams {
@@ -48,7 +49,7 @@ struct QuantizeRowsParams {
   DType out_dtype;          // e4m3 or int8
   bool queries;             // x is Q
   int q_heads_per_kv;       // query heads a key/value head
-  Granularity granularity;  // not kNone, not kChannel; kGroup for Q only
+  Granularity granularity;  // not kChannel; kGroup for Q only, kNone with e4m3 only
   int rows_per_block;       // of kBlock: 64 or 128
   float const* mean;        // (batch, heads, head_dim), subtracted; null: no smoothing
   bool rotate;
