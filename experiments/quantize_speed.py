@@ -44,7 +44,7 @@ def subjects(shape: Shape, seed: int) -> dict[str, Subject]:
     v_stats = quantize_kernels.v_stats(v, default)
     e4m3 = v.to(torch.float8_e4m3fn)
     read, codes = q.nbytes, q.nbytes // 2  # of one tensor in 16 and in 8 bits
-    v_codes = codes * (shape.head_dim + 8) // shape.head_dim
+    v_codes = codes * (shape.head_dim + 1) // shape.head_dim
     scores = 4 * heads * shape.seqlen  # a float32 a row
     channel = 4 * heads * shape.head_dim * -(-shape.seqlen // 128)  # a float32 a channel and 128 tokens
 

@@ -16,9 +16,6 @@ from hopper_fa.token_stats import mean_error, sampled_tokens, token_mean, tree_s
 from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes
 
 PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
-ONES_ROWS = (
-    8  # rows of V^T below the channels: one of ones, the others 0, because products are 8 columns wide
-)
 _SIXTEEN = 16  # columns that the rotation's first step mixes
 _KEPT_BITS = 25  # below the exponent of the largest of 16 terms, in that step
 # Below it a group is all zeros to us: it stays clear of denormal scales and of an infinite inverse.
@@ -39,7 +36,7 @@ class QuantizedQKV:
     Attributes:
         q: (batch, seqlen_q, heads_q, pitch), float8_e4m3fn or int8; 0 from head_dim on.
         k: (batch, seqlen_k, heads_kv, pitch), as q.
-        v: (batch, heads_kv, tile_d + 8, keys_pitch), float8_e4m3fn: V transposed. Row c < head_dim is channel
+        v: (batch, heads_kv, tile_d + 1, keys_pitch), float8_e4m3fn: V transposed. Row c < head_dim is channel
             c, row tile_d is 1 for every key (its product with P is the row sum), the other rows and the keys
             from seqlen_k on are 0. Among 16 keys, position 4 t + 2 h + i holds key 8 h + 2 t + i (t 0..3, h
             0..1, i 0..1): the order in which a warp's registers of Q K^T are its operand of P V.
@@ -416,7 +413,7 @@ def _transposed_v(codes: torch.Tensor) -> torch.Tensor:
     """(batch, heads, head_dim, seqlen) e4m3 codes in the layout of QuantizedQKV.v."""
     batch, heads, head_dim, seqlen = codes.shape
     tile_d = max(64, 1 << (head_dim - 1).bit_length())
-    rows = codes.new_zeros(batch, heads, tile_d + ONES_ROWS, -(-seqlen // PITCH) * PITCH, dtype=torch.uint8)
+    rows = codes.new_zeros(batch, heads, tile_d + 1, -(-seqlen // PITCH) * PITCH, dtype=torch.uint8)
     rows[:, :, :head_dim, :seqlen] = codes.view(torch.uint8)
     rows[:, :, tile_d, :seqlen] = torch.ones((), dtype=codes.dtype).view(torch.uint8)
     return _permute_keys(rows).view(codes.dtype)

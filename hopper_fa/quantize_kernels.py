@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hopper_fa.kernels import _C, DTYPE_NAMES, STATUS_SENTENCES
-from hopper_fa.quantization import ONES_ROWS, PITCH, QuantizedQKV, rotation_signs
+from hopper_fa.quantization import PITCH, QuantizedQKV, rotation_signs
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
 
 # Input types ("bf16", "fp16", "e4m3") that this build holds kernels for.
@@ -48,12 +48,12 @@ def quantize_qkv(
     of_q, of_k, of_v = TokenStats(), TokenStats(), TokenStats()
     if recipe.smooth_q:
         of_q, overlap = token_stats(q, recipe.stats_shift(seqlen_q), launches=launches), "all"
+    v_stats_last = recipe.v_stats_shift(seqlen_k) == 0
+    if _has_v_stats(recipe) and not v_stats_last:  # before K's, which take less time
+        of_v, overlap = v_stats(v, recipe, overlap, launches), "all"
     if recipe.smooth_k:
         shift = recipe.stats_shift(seqlen_k)
         of_k, overlap = token_stats(k, shift, overlap=overlap, launches=launches), "all"
-    v_stats_last = recipe.v_stats_shift(seqlen_k) == 0
-    if _has_v_stats(recipe) and not v_stats_last:
-        of_v, overlap = v_stats(v, recipe, overlap, launches), "all"
     overlap = "loads" if overlap == "all" else "none"
     k_codes, k_scale, key_bias = quantize_rows(
         k, recipe, of_k.mean, of_q.mean, group, queries=False, overlap=overlap, launches=launches
@@ -257,7 +257,7 @@ def transpose_v(v: torch.Tensor) -> torch.Tensor:
 
 def _empty_v(v: torch.Tensor) -> torch.Tensor:
     batch, seqlen, heads, head_dim = v.shape
-    shape = (batch, heads, _C.tile_columns(head_dim) + ONES_ROWS, -(-seqlen // PITCH) * PITCH)
+    shape = (batch, heads, _C.tile_columns(head_dim) + 1, -(-seqlen // PITCH) * PITCH)
     return torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
 
 

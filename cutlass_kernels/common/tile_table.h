@@ -94,7 +94,7 @@ constexpr int forward_tile_index(int head_dim, char const* variant) {
 }
 
 // Rows of a V block as it lies in shared memory: keys, or for 8-bit V, which is transposed, channels and 8
-// rows of which the first is ones.
+// rows of which the first is ones and the others, which global memory lacks, are zeros.
 constexpr int forward_v_rows(ForwardTile const& t) {
   return t.element_bytes == 1 ? t.head_dim + 8 : t.block_n;
 }

@@ -9,12 +9,13 @@
 
 namespace hopper_fa {
 
-// 8-bit V comes transposed: rows are channels, columns are keys in whole groups of 16.
+// 8-bit V comes transposed: rows are channels and ones, columns are keys in whole groups of 16. Of the 8 rows
+// that a product of ones takes, TMA fills in the zeros.
 template <class Traits>
 Status encode_v_map(CUtensorMap& map, ForwardParams const& p) {
   if constexpr (Traits::kFp8)
     return encode_tensor_map(map, p.v, p.dtype,
-                             {ceil_div(p.seqlen_k, 16) * 16, Traits::kVRows, p.heads_kv, p.batch},
+                             {ceil_div(p.seqlen_k, 16) * 16, Traits::kTile.head_dim + 1, p.heads_kv, p.batch},
                              Traits::kBlockN, Traits::kVBoxRows);
   else
     return encode_tensor_map(map, p.v, p.dtype, {p.head_dim, p.seqlen_k, p.heads_kv, p.batch},

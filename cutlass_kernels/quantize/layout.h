@@ -13,7 +13,6 @@ constexpr int kStatsLanes = 16;   // sums a chunk, which are then added pairwise
 constexpr int kStatsCtas = 8;     // of a head at most, each with a sum of chunks
 constexpr int kVSlice = 32;       // channels of V that one CTA finishes
 constexpr int kKeyGroup = 16;     // keys that are permuted among themselves in V
-constexpr int kOnesRows = 8;      // rows of V below the channels, the first of them ones
 constexpr int kMaxHeadDim = 256;
 constexpr int kRotateGroup = 16;  // columns that one product of the rotation mixes
 

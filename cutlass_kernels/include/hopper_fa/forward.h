@@ -17,7 +17,7 @@ struct ScaleRef {
 };
 
 // What 8-bit inputs need besides. Then v of ForwardParams is V transposed, (batch, heads_kv, tile's head dim
-// + 8, keys), keys contiguous, permuted in groups of 16, a row of ones after the channels
+// + 1, keys), keys contiguous, permuted in groups of 16, a row of ones after the channels
 // (hopper_fa/quantization.py, QuantizedQKV): its row_stride is that of channels.
 struct Fp8Params {
   DType out_dtype;   // kBF16 or kFP16

@@ -74,7 +74,7 @@ struct QuantizeVParams {
   // Of run_token_stats, whose amax is of a sample: scales leave room above it, and channels that outgrow that
   // are rounded once more. null: amax is of every token. With it kChannel.
   uint32_t* outgrown;
-  void* out;     // (batch, heads, tile_d + 8, seqlen rounded up to 16), keys permuted; tile_d: 64, 128 or 256
+  void* out;     // (batch, heads, tile_d + 1, seqlen rounded up to 16), keys permuted; tile_d: 64, 128 or 256
   float* scale;  // (batch, heads, head_dim), written; null for e4m3
   float* workspace;  // quantize_v_workspace floats; null without compensate
   Overlap overlap;
