@@ -89,17 +89,8 @@ __device__ __forceinline__ void round_slice(QuantizeVArguments const& args, Quan
   __syncthreads();
 
   ChunkPart<kVSlice> const part;
-  uint16_t const* const slice =
-      args.v + tile.batch * args.batch_stride + tile.head * args.head_stride + first_channel;
   for (int first = 0; first < args.chunks; first += part.kChunks) {
     int const chunk = first + part.chunk;
-    // The next chunks' rows into L2: of every group of 16, those of this thread's word by the threads of a
-    // quad.
-    int const ahead = (chunk + part.kChunks) * kStatsChunk + part.quad * kKeyGroup;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (ahead + part.token(i) < args.seqlen)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(slice + (ahead + part.token(i)) * args.row_stride));
     auto loads = load_chunk<3>(args, part, tile, chunk, first_channel);
     auto const round = [&](auto sums) {
       round_chunk<kIn, sums.value, false>(args, part, loads, shared.channels, shared.codes[part.chunk], tile,
