@@ -3,6 +3,7 @@
 Those two are float32 sums over head_dim in another order.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -261,6 +262,7 @@ def _empty_v(v: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
 
 
+@functools.lru_cache(maxsize=256)
 def _sign_bits(head_dim: int, seed: int) -> bytes:
     """The rotation's signs, bit i of byte n set where that of channel 8 n + i is negative."""
     bits = sum(1 << i for i, sign in enumerate(rotation_signs(head_dim, seed).tolist()) if sign < 0)
