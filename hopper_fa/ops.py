@@ -33,7 +33,7 @@ def forward(
     """
     if not _goes_around(tensors):
         return torch.ops.hopper_fa.forward(tensors, softmax_scale, causal, deterministic, backend)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if _wants_gradient(tensors):
         return _Attention.apply(run_forward, softmax_scale, causal, deterministic, backend, *tensors)
     return run_forward(tensors, softmax_scale, causal, backend)
 
@@ -47,7 +47,13 @@ def straight_through(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """run(tensors, softmax_scale, causal, backend) with the gradients of the unquantised attention."""
+    if _goes_around(tensors) and not _wants_gradient(tensors):
+        return run(tensors, softmax_scale, causal, backend)
     return _Attention.apply(run, softmax_scale, causal, deterministic, backend, *tensors)
+
+
+def _wants_gradient(tensors: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _goes_around(tensors: tuple[Tensor, ...]) -> bool:
@@ -193,4 +199,6 @@ class _WithoutGradient(torch.autograd.Function):
 
 def without_gradient(run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """run(), whose outputs depend on `inputs` as far as autograd is concerned; the backward raises."""
+    if _goes_around(inputs) and not _wants_gradient(inputs):
+        return run()
     return _WithoutGradient.apply(run, *inputs)

@@ -275,9 +275,11 @@ def _pointer(t: torch.Tensor | None) -> int:
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
     """`t`, copied if the kernels could not read its rows 16 bytes at a time."""
-    strides = zip(t.stride()[:3], t.shape[:3], strict=True)
-    sound = t.stride(-1) == 1 and all(stride % 8 == 0 or size <= 1 for stride, size in strides)
-    return t if sound and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+    *strides, last = t.stride()
+    sound = last == 1 and t.data_ptr() % 16 == 0
+    if sound and any(stride % 8 for stride in strides):
+        sound = all(stride % 8 == 0 or size <= 1 for stride, size in zip(strides, t.shape[:3], strict=True))
+    return t if sound else t.clone(memory_format=torch.contiguous_format)
 
 
 def _make(launch: Callable[[], None], launches: Launches | None) -> None:
