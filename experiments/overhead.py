@@ -83,7 +83,7 @@ def subjects(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Cal
         "launch": launch_call(q, k, v),
         "flash_attn_func": lambda: flash_attn_func(q, k, v),
         "flash_attn_func, LSE": lambda: flash_attn_func(q, k, v, return_lse=True),
-        "torch.ops.hopper_fa.forward": lambda: operator([q, k, v], scale, False, False, None),
+        "torch.ops.hopper_fa.forward": lambda: operator([q, k, v], scale, False, False, None, None),
         "torch SDPA": lambda: scaled_dot_product_attention(*transposed),
         "torch SDPA, flash backend chosen": sdpa,
         "two torch.empty": lambda: (torch.empty_like(q), q.new_empty((1, 1, 64), dtype=torch.float32)),

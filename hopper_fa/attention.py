@@ -1,6 +1,5 @@
 """What users call: FlashAttention's names, argument order and tensor layout."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from hopper_fa import backend as backends
 from hopper_fa import ops
-from hopper_fa.quantization import QuantizedQKV, from_fp8
+from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import Fp8Recipe
 
 # Arguments of FlashAttention that are not built yet, with the values that ask for nothing, the default first.
@@ -132,16 +131,7 @@ def _attention(
     if tensors[0].dtype == torch.float8_e4m3fn:
         _, *descales = options[:4]
         _refuse_options((options[0], None, None, None, *options[4:]))
-        return ops.without_gradient(
-            lambda: backends.run_quantized(
-                from_fp8(*backends.unpack(tensors), *descales, recipe),
-                softmax_scale,
-                causal,
-                torch.bfloat16,
-                backend,
-            ),
-            *(t for t in (*tensors, *descales) if t is not None),
-        )
+        return ops.forward_e4m3(tensors, tuple(descales), softmax_scale, causal, backend, recipe)
     if options != _NEUTRAL:
         _refuse_options(options)
     device_type = tensors[0].device.type
@@ -149,10 +139,7 @@ def _attention(
         tensors = _autocast(tensors, device_type)
         with torch.autocast(device_type, enabled=False):
             return _attention(tensors, softmax_scale, causal, options, deterministic, backend, recipe)
-    if recipe is not None:
-        run = functools.partial(backends.run_recipe, recipe=recipe)
-        return ops.straight_through(run, tensors, softmax_scale, causal, deterministic, backend)
-    return ops.forward(tensors, softmax_scale, causal, deterministic, backend)
+    return ops.forward(tensors, softmax_scale, causal, deterministic, backend, recipe)
 
 
 def _autocast(tensors: tuple[torch.Tensor, ...], device_type: str) -> tuple[torch.Tensor, ...]:

@@ -4,14 +4,17 @@ Both take Q, K and V as a list of 3, 2 or 1 tensors (see `backend.unpack`), so t
 tensor is one tensor too.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from hopper_fa.backend import run_backward, run_forward, unpack
-from hopper_fa.validation import check_shapes
+from hopper_fa.backend import run_backward, run_forward, run_quantized, run_recipe, unpack
+from hopper_fa.quantization import from_fp8
+from hopper_fa.recipe import Fp8Recipe
+from hopper_fa.validation import check_fp8_shapes, check_shapes
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -24,32 +27,39 @@ def forward(
     causal: bool,
     deterministic: bool,
     backend: str | None,
+    recipe: Fp8Recipe | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (as q, contiguous) and lse (batch, heads_q, seqlen_q) float32, by the operator or around it.
+
+    With a recipe in FP8, and the gradient is that of the unquantised attention.
 
     NOTE: the operators' dispatch costs more CPU time than everything else in a call
     (tests/cpu/test_call_overhead.py), so plain eager calls go around it. Whatever has to see the operator
     (torch.compile, function transforms, dispatch modes, tensor subclasses) does.
     """
     if not _goes_around(tensors):
-        return torch.ops.hopper_fa.forward(tensors, softmax_scale, causal, deterministic, backend)
+        text = None if recipe is None else _text_of(recipe)
+        return torch.ops.hopper_fa.forward(tensors, softmax_scale, causal, deterministic, backend, text)
     if _wants_gradient(tensors):
-        return _Attention.apply(run_forward, softmax_scale, causal, deterministic, backend, *tensors)
-    return run_forward(tensors, softmax_scale, causal, backend)
+        return _Attention.apply(softmax_scale, causal, deterministic, backend, recipe, *tensors)
+    return _run(tensors, softmax_scale, causal, backend, recipe)
 
 
-def straight_through(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    tensors: tuple[Tensor, ...],
+@torch.compiler.assume_constant_result
+def _text_of(recipe: Fp8Recipe) -> str:
+    return recipe.to_text()
+
+
+def _run(
+    tensors: Sequence[Tensor],
     softmax_scale: float | None,
     causal: bool,
-    deterministic: bool,
     backend: str | None,
+    recipe: Fp8Recipe | None,
 ) -> tuple[Tensor, Tensor]:
-    """run(tensors, softmax_scale, causal, backend) with the gradients of the unquantised attention."""
-    if _goes_around(tensors) and not _wants_gradient(tensors):
-        return run(tensors, softmax_scale, causal, backend)
-    return _Attention.apply(run, softmax_scale, causal, deterministic, backend, *tensors)
+    if recipe is None:
+        return run_forward(tensors, softmax_scale, causal, backend)
+    return run_recipe(tensors, softmax_scale, causal, backend, recipe)
 
 
 def _wants_gradient(tensors: tuple[Tensor, ...]) -> bool:
@@ -80,14 +90,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: Callable[..., tuple[Tensor, Tensor]],
         softmax_scale: float | None,
         causal: bool,
         deterministic: bool,
         backend: str | None,
+        recipe: Fp8Recipe | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        output = run(tensors, softmax_scale, causal, backend)
+        output = _run(tensors, softmax_scale, causal, backend, recipe)
         _save(ctx, (tensors, softmax_scale, causal, deterministic, backend), output)
         return output
 
@@ -118,19 +128,23 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> list[Tenso
 @torch.library.custom_op(
     "hopper_fa::forward",
     mutates_args=(),
-    schema="(Tensor[] qkv, float? softmax_scale, bool causal, bool deterministic, str? backend) "
-    "-> (Tensor out, Tensor lse)",
+    schema="(Tensor[] qkv, float? softmax_scale, bool causal, bool deterministic, str? backend, "
+    "str? recipe) -> (Tensor out, Tensor lse)",
 )
 def _forward_op(
-    qkv: list[Tensor], softmax_scale: float | None, causal: bool, deterministic: bool, backend: str | None
+    qkv: list[Tensor],
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    backend: str | None,
+    recipe: str | None,
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(qkv, softmax_scale, causal, backend)
+    parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
+    return _run(qkv, softmax_scale, causal, backend, parsed)
 
 
 @_forward_op.register_fake
-def _forward_fake(
-    qkv: list[Tensor], softmax_scale: float | None, causal: bool, deterministic: bool, backend: str | None
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     q, k, v = unpack(qkv)
     check_shapes(q, k, v)
     batch, seqlen_q, heads_q, _ = q.shape
@@ -138,11 +152,11 @@ def _forward_fake(
 
 
 def _forward_gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    return _gradients(ctx, dout, dlse), None, None, None, None
+    return _gradients(ctx, dout, dlse), None, None, None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs, output)
+    _save(ctx, inputs[:5], output)
 
 
 _forward_op.register_autograd(_forward_gradient, setup_context=_setup_context)
@@ -183,22 +197,81 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
 _backward_op.register_autograd(_no_second_derivative)
 
 
+@torch.library.custom_op(
+    "hopper_fa::forward_e4m3",
+    mutates_args=(),
+    schema="(Tensor[] qkv, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, float? softmax_scale, "
+    "bool causal, str? backend, str? recipe) -> (Tensor out, Tensor lse)",
+)
+def _e4m3_op(
+    qkv: list[Tensor],
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    backend: str | None,
+    recipe: str | None,
+) -> tuple[Tensor, Tensor]:
+    parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
+    return _run_e4m3(qkv, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, parsed)
+
+
+@_e4m3_op.register_fake
+def _e4m3_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    q, k, v = unpack(qkv)
+    check_fp8_shapes(q, k, v)
+    batch, seqlen_q, heads_q, _ = q.shape
+    lse = q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
+    return q.new_empty(q.shape, dtype=torch.bfloat16), lse
+
+
+def _no_e4m3_gradient(ctx: Any, *grads: Any) -> NoReturn:
+    raise NotImplementedError(
+        "a gradient of attention over float8 tensors was asked for; it has none; pass bfloat16 or float16 "
+        "tensors and a recipe, whose gradient is straight-through, or call it under torch.no_grad()."
+    )
+
+
+_e4m3_op.register_autograd(_no_e4m3_gradient)
+
+
 class _WithoutGradient(torch.autograd.Function):
+    """What `forward_e4m3` and the gradient of the operator are together, for eager calls."""
+
     @staticmethod
     def forward(ctx: Any, run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return run()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(
-            "a gradient of attention over float8 tensors was asked for; it has none; pass bfloat16 or "
-            "float16 tensors and a recipe, whose gradient is straight-through, or call it under "
-            "torch.no_grad()."
-        )
+        _no_e4m3_gradient(ctx, *grads)
 
 
-def without_gradient(run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """run(), whose outputs depend on `inputs` as far as autograd is concerned; the backward raises."""
-    if _goes_around(inputs) and not _wants_gradient(inputs):
-        return run()
-    return _WithoutGradient.apply(run, *inputs)
+def forward_e4m3(
+    tensors: tuple[Tensor, ...],
+    descales: tuple[Tensor | None, ...],
+    softmax_scale: float | None,
+    causal: bool,
+    backend: str | None,
+    recipe: Fp8Recipe | None,
+) -> tuple[Tensor, Tensor]:
+    """`forward` of tensors that are float8_e4m3fn, see `quantization.from_fp8`: out in bfloat16, and lse."""
+    inputs = (*tensors, *(t for t in descales if t is not None))
+    if not _goes_around(inputs):
+        text = None if recipe is None else _text_of(recipe)
+        return torch.ops.hopper_fa.forward_e4m3(tensors, *descales, softmax_scale, causal, backend, text)
+    run = functools.partial(_run_e4m3, tensors, descales, softmax_scale, causal, backend, recipe)
+    return _WithoutGradient.apply(run, *inputs) if _wants_gradient(inputs) else run()
+
+
+def _run_e4m3(
+    tensors: Sequence[Tensor],
+    descales: Sequence[Tensor | None],
+    softmax_scale: float | None,
+    causal: bool,
+    backend: str | None,
+    recipe: Fp8Recipe | None,
+) -> tuple[Tensor, Tensor]:
+    qkv = from_fp8(*unpack(tensors), *descales, recipe)
+    return run_quantized(qkv, softmax_scale, causal, torch.bfloat16, backend)

@@ -1,7 +1,9 @@
 """What FP8 attention does to its inputs and sums, as one object."""
 
+import functools
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
 K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
@@ -102,6 +104,16 @@ class Fp8Recipe:
                 f"p_offset {self.p_offset} and rescale_threshold {self.rescale_threshold} let P reach "
                 f"2**{self.p_offset + self.rescale_threshold:g}; e4m3 ends at 448 = 2**8.807; lower one."
             )
+
+    def to_text(self) -> str:
+        """All fields as JSON, which `from_text` takes back: operators have no arguments of other types."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def from_text(text: str) -> "Fp8Recipe":
+        """The recipe whose `to_text` this is."""
+        return Fp8Recipe(**json.loads(text))
 
     @property
     def has_key_vectors(self) -> bool:

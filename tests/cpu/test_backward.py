@@ -172,9 +172,9 @@ def test_opcheck(with_dlse: bool, packed: bool, seed: int) -> None:
     if packed:
         tensors = [torch.stack(tensors, 2)]
     options = (0.2, True, False, "emulator")
-    out, lse = torch.ops.hopper_fa.forward(tensors, *options)
+    out, lse = torch.ops.hopper_fa.forward(tensors, *options, None)
     leaves = [t.requires_grad_() for t in tensors]
-    torch.library.opcheck(torch.ops.hopper_fa.forward.default, (leaves, *options))
+    torch.library.opcheck(torch.ops.hopper_fa.forward.default, (leaves, *options, None))
     tensors = [t.detach() for t in leaves]
     arguments = (dout.transpose(1, 2).contiguous().transpose(1, 2), dlse if with_dlse else None)
     torch.library.opcheck(torch.ops.hopper_fa.backward.default, (*arguments, tensors, out, lse, *options))
@@ -258,7 +258,7 @@ def test_saved_tensors_may_be_moved(seed: int) -> None:
 def test_second_derivatives_are_refused(compiled: bool, seed: int) -> None:
     q, k, v = leaves_of(CASES[0].qkv(torch.bfloat16, seed))
     call = torch.ops.hopper_fa.forward if compiled else ops.forward
-    out, _ = call([q, k, v], None, False, False, None)
+    out, _ = call([q, k, v], None, False, False, None, None)
     (dq,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
     assert dq.requires_grad
     with pytest.raises(NotImplementedError, match="second derivative of hopper_fa attention"):
@@ -270,7 +270,7 @@ def test_operator_and_function_agree(seed: int) -> None:
     dout = torch.randn_like(tensors[0])
 
     def by_operator(*qkv: torch.Tensor) -> torch.Tensor:
-        return torch.ops.hopper_fa.forward(list(qkv), None, False, False, None)[0]
+        return torch.ops.hopper_fa.forward(list(qkv), None, False, False, None, None)[0]
 
     assert_same(gradients_of(by_operator, tensors, dout), gradients_of(flash_attn_func, tensors, dout))
 

@@ -6,25 +6,38 @@ from cases import Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hopper_fa import attention_reference, flash_attn_func, ops
+from hopper_fa import Fp8Recipe, attention_reference, flash_attn_func, ops
 
 CASES = [
     Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=33, seqlen_k=70, head_dim=40),
     Case(heads_q=3, heads_kv=3, seqlen_q=16, seqlen_k=5, causal=True),
 ]
+RECIPES = {"exact": None, "FP8": Fp8Recipe.default()}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
 
-def emulated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return flash_attn_func(q, k, v, causal=True, return_lse=True, backend="emulator")
+def emulated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return flash_attn_func(q, k, v, causal=True, return_lse=True, backend="emulator", recipe=recipe)
 
 
+def in_e4m3(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, descale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    descales = {"q_descale": descale, "v_descale": descale}
+    return flash_attn_func(q, k, v, causal=True, **descales, return_lse=True, backend="emulator")
+
+
+@every_recipe
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: Case, seed: int) -> None:
+def test_opcheck(case: Case, recipe: Fp8Recipe | None, seed: int) -> None:
     q, k, v = case.qkv(torch.bfloat16, seed)
     transposed = q.transpose(1, 2).contiguous().transpose(1, 2)  # (batch, heads, seqlen, head_dim) in memory
     for query in (q, transposed):
         torch.library.opcheck(
-            torch.ops.hopper_fa.forward.default, ([query, k, v], 0.2, case.causal, False, "emulator"),
+            torch.ops.hopper_fa.forward.default,
+            ([query, k, v], 0.2, case.causal, False, "emulator", recipe and recipe.to_text()),
             test_utils=(
                 "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static",
                 "test_aot_dispatch_dynamic",
@@ -50,16 +63,47 @@ def test_fake_checks_shapes() -> None:
             flash_attn_func(q, q, q, backend="emulator")
 
 
+@every_recipe
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile_fullgraph(compiler: str, seed: int) -> None:
+def test_compile_fullgraph(compiler: str, recipe: Fp8Recipe | None, seed: int) -> None:
     def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = emulated(q * 2, k, v)
+        out, lse = emulated(q * 2, k, v, recipe)
         return out.float() + 1, lse
 
     q, k, v = CASES[0].qkv(torch.bfloat16, seed)
     got = torch.compile(block, fullgraph=True, backend=compiler)(q, k, v)
     for a, b in zip(got, block(q, k, v), strict=True):
         assert torch.equal(a, b)
+
+
+@every_recipe
+def test_compiled_gradient(recipe: Fp8Recipe | None, seed: int) -> None:
+    qkv = [t.requires_grad_() for t in CASES[0].qkv(torch.bfloat16, seed)]
+    gradients = [
+        torch.autograd.grad(attend(*qkv, recipe)[0].float().square().sum(), qkv)
+        for attend in (emulated, torch.compile(emulated, fullgraph=True, backend="aot_eager"))
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_e4m3_operator(seed: int) -> None:
+    q, k, v = (t.to(torch.float8_e4m3fn) for t in CASES[0].qkv(torch.float32, seed))
+    descale = torch.rand(2, 2) + 0.5
+    arguments = ([q, k, v], descale, None, descale, None, True, "emulator", Fp8Recipe.fa3().to_text())
+    # NOTE: the schema's test compares inputs before and after, which torch cannot in this dtype.
+    torch.library.opcheck(
+        torch.ops.hopper_fa.forward_e4m3.default, arguments, test_utils=("test_faketensor",)
+    )
+    expected = in_e4m3(q, k, v, descale)
+    compiled = torch.compile(in_e4m3, fullgraph=True, backend="aot_eager")(q, k, v, descale)
+    for a, b, c in zip(expected, compiled, torch.ops.hopper_fa.forward_e4m3(*arguments), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_recipes_as_text() -> None:
+    for recipe in (Fp8Recipe(), Fp8Recipe.default(), Fp8Recipe.fa3(), Fp8Recipe.causal_safe()):
+        assert Fp8Recipe.from_text(recipe.to_text()) == recipe
 
 
 def test_compile_dynamic_shapes(seed: int) -> None:
@@ -86,10 +130,11 @@ class SeenOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_dispatch_modes_see_the_operator(seed: int) -> None:
+@every_recipe
+def test_dispatch_modes_see_the_operator(recipe: Fp8Recipe | None, seed: int) -> None:
     q, k, v = CASES[0].qkv(torch.bfloat16, seed)
     with SeenOperators() as seen:
-        emulated(q, k, v)
+        emulated(q, k, v, recipe)
     assert seen.names[0] == "hopper_fa::forward"
 
 

@@ -76,10 +76,6 @@ def run_plain(problem: Problem, deterministic: bool = False) -> tuple[Tensor, ..
     return torch.autograd.grad((out, lse), leaves, (dout, dlse))
 
 
-def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 def off_by_order(a: Tensor, b: Tensor) -> Tensor:
     """Whether a and b, of one 16-bit dtype, differ by more than another order of FP32 additions explains."""
     eps = torch.finfo(a.dtype).eps

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from backward_helpers import Problem, off_by_order, poisoned_scratch, problem_of, run_plain, same
+from backward_helpers import Problem, off_by_order, poisoned_scratch, problem_of, run_plain
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_gradients_accurate
+from helpers import SLEEP_CYCLES, same
 from torch.utils.checkpoint import checkpoint
 
 from hopper_fa import Fp8Recipe, error_metrics, flash_attn_func, kernels
 
 every_instance = pytest.mark.parametrize("head_dim", INSTANCE_HEAD_DIMS)
 both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-SLEEP_CYCLES = 200_000_000  # about 0.1 s on the GPU
 
 
 def launcher(problem: Problem, deterministic: bool, variant: str = "default"):
@@ -197,7 +197,7 @@ def test_operator_contract(causal: bool, seed: int) -> None:
     )
     out, lse = flash_attn_func(q, k, v, causal=causal, return_lse=True)
     tensors = [t.requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(torch.ops.hopper_fa.forward.default, (tensors, scale, causal, True, None))
+    torch.library.opcheck(torch.ops.hopper_fa.forward.default, (tensors, scale, causal, True, None, None))
     tensors = [t.detach() for t in tensors]
     options = (scale, causal, True, None)
     torch.library.opcheck(torch.ops.hopper_fa.backward.default, (dout, dlse, tensors, out, lse, *options))

@@ -10,9 +10,9 @@ from backward_helpers import (
     problem_of,
     run_backward_poisoned,
     run_plain,
-    same,
 )
 from cases import INSTANCE_HEAD_DIMS, Case, assert_gradients_accurate, gradients_float64
+from helpers import same
 
 from hopper_fa import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, kernels
 

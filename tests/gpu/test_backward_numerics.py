@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from backward_helpers import assert_backward_accurate, problem_of, run_backward_poisoned, same
+from backward_helpers import assert_backward_accurate, problem_of, run_backward_poisoned
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_gradients_accurate, gradients_float64
+from helpers import same
 
 from hopper_fa import flash_attn_func
 from hopper_fa.accuracy import DISTRIBUTIONS

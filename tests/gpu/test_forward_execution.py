@@ -3,16 +3,12 @@
 import pytest
 import torch
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_accurate
+from helpers import SLEEP_CYCLES, same
 
 from hopper_fa import flash_attn_func
 
 every_instance = pytest.mark.parametrize("head_dim", INSTANCE_HEAD_DIMS)
 both_masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-SLEEP_CYCLES = 200_000_000  # about 0.1 s on the GPU
-
-
-def same(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def attend(
@@ -178,7 +174,7 @@ def test_compile_fullgraph(compiler: str, seed: int) -> None:
 def test_operator_contract(causal: bool, seed: int) -> None:
     q, k, v = Case(2, 4, 2, 113, 239, 64, causal).qkv(torch.bfloat16, seed, "cuda")
     operator = torch.ops.hopper_fa.forward.default
-    arguments = ([q, k, v], 0.125, causal, False, None)
+    arguments = ([q, k, v], 0.125, causal, False, None, None)
     torch.library.opcheck(operator, arguments)
     assert same(operator(*arguments), attend(q, k, v, causal))
 

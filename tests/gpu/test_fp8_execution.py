@@ -1,0 +1,156 @@
+"""How a call with a recipe runs, quantisation and attention: as test_forward_execution.py has it for BF16."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import INSTANCE_HEAD_DIMS, Case
+from helpers import SLEEP_CYCLES, same
+
+from hopper_fa import Fp8Recipe, flash_attn_func, kernels, quantize_kernels
+
+RECIPES = {name: getattr(Fp8Recipe, name)() for name in ("default", "accurate", "causal_safe", "fa3")}
+RECIPES["smooth_q"] = replace(Fp8Recipe.default(), smooth_q=True)
+
+pytestmark = pytest.mark.skipif(
+    not (kernels.HAS_FP8 and "bf16" in quantize_kernels.DTYPES),
+    reason="this build holds no FP8 kernel, or no quantisation kernels (HOPPER_FA_DTYPES)",
+)
+every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+every_instance = pytest.mark.parametrize("head_dim", INSTANCE_HEAD_DIMS)
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attend(qkv: QKV, recipe: Fp8Recipe, causal: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    return flash_attn_func(*qkv, causal=causal, return_lse=True, recipe=recipe)
+
+
+@every_recipe
+@every_instance
+def test_same_bits_50_times(head_dim: int, recipe: Fp8Recipe, seed: int) -> None:
+    qkv = Case(3, 8, 4, 799, 1223, head_dim, True).qkv(torch.bfloat16, seed, "cuda")
+    first = attend(qkv, recipe)
+    differing = [i for i in range(50) if not same(first, attend(qkv, recipe))]
+    assert not differing, f"repeats {differing} gave other bits"
+
+
+@every_recipe
+@every_instance
+def test_cuda_graph(head_dim: int, recipe: Fp8Recipe, seed: int) -> None:
+    """Three calls in one graph, replayed on other inputs, one of which outgrows V's sample."""
+    case = Case(2, 8, 2, 1000, 1100, head_dim, True)
+    static = case.qkv(torch.bfloat16, seed, "cuda")
+    attend(static, recipe)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            result = attend(static, recipe)
+    for i in range(1, 6):
+        fresh = case.qkv(torch.bfloat16, seed + i, "cuda")
+        if i == 3:
+            fresh[2][0, 77, 1, 5] = 5000.0
+        for t, values in zip(static, fresh, strict=True):
+            t.copy_(values)
+        for t in result:
+            t.fill_(float("nan"))
+        graph.replay()
+        assert same(result, attend(fresh, recipe))
+
+
+def together(inputs: list[QKV], recipe: Fp8Recipe, streams: list[torch.cuda.Stream]) -> None:
+    """Calls of two threads, each in its stream, give the bits of calls alone."""
+    alone = [attend(qkv, recipe) for qkv in inputs]
+    torch.cuda.synchronize()
+    results: list[list] = [[], []]
+
+    def calls(i: int) -> None:
+        with torch.cuda.stream(streams[i]):
+            for _ in range(30):
+                results[i].append(attend(inputs[i], recipe))
+
+    threads = [threading.Thread(target=calls, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert len(results[i]) == 30
+        assert all(same(alone[i], result) for result in results[i]), f"problem {i} gave other bits"
+
+
+@every_recipe
+@pytest.mark.parametrize("shared", [False, True], ids=["two streams", "one stream"])
+def test_two_threads(shared: bool, recipe: Fp8Recipe, seed: int) -> None:
+    cases = [Case(2, 8, 8, 1024, 2048, 128), Case(1, 16, 2, 1500, 700, 128)]
+    inputs = [case.qkv(torch.bfloat16, seed + i, "cuda") for i, case in enumerate(cases)]
+    inputs[0][2][1, 99, 3, 7] = 5000.0  # outgrows V's sample
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    together(inputs, recipe, [streams[0], streams[0]] if shared else streams)
+
+
+@every_recipe
+def test_runs_on_the_current_stream(recipe: Fp8Recipe, seed: int) -> None:
+    """Inputs written late on a side stream are seen; what is written to them after the call is not."""
+    source = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
+    expected = attend(source, recipe)
+    late = [torch.full_like(t, float("nan")) for t in source]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        for t, values in zip(late, source, strict=True):
+            t.copy_(values)
+        result = attend(late, recipe)
+        for t in late:
+            t.fill_(float("nan"))
+    stream.synchronize()
+    assert same(expected, result)
+
+
+@every_recipe
+def test_does_not_synchronise(recipe: Fp8Recipe, seed: int) -> None:
+    qkv = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
+    attend(qkv, recipe)
+    torch.cuda.synchronize()
+    asleep = torch.cuda.Event()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    asleep.record()
+    attend(qkv, recipe)
+    assert not asleep.query(), "the call returned only after the GPU had caught up"
+    torch.cuda.synchronize()
+
+
+@every_recipe
+def test_compile_fullgraph(recipe: Fp8Recipe, seed: int) -> None:
+    case = Case(2, 4, 2, 300, 300, 64, True)
+
+    def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, lse = attend((q * 2, k, v), recipe)
+        return out.float() + lse.transpose(1, 2)[..., None]
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for i in range(2):
+        qkv = case.qkv(torch.bfloat16, seed + i, "cuda")
+        torch.testing.assert_close(compiled(*qkv), layer(*qkv), atol=1e-5, rtol=1e-5)
+
+
+@every_recipe
+def test_operator_contract(recipe: Fp8Recipe, seed: int) -> None:
+    q, k, v = Case(2, 4, 2, 113, 239, 64).qkv(torch.bfloat16, seed, "cuda")
+    operator = torch.ops.hopper_fa.forward.default
+    arguments = ([q, k, v], None, True, False, None, recipe.to_text())
+    torch.library.opcheck(operator, arguments)
+    assert same(operator(*arguments), attend((q, k, v), recipe))
+
+
+@every_recipe
+def test_empty_batch_and_no_queries(recipe: Fp8Recipe, seed: int) -> None:
+    for case in (Case(batch=0, head_dim=64), Case(seqlen_q=0, head_dim=64), Case(seqlen_k=0, head_dim=64)):
+        q, k, v = case.qkv(torch.bfloat16, seed, "cuda")
+        out, lse = attend((q, k, v), recipe)
+        assert out.shape == q.shape and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+        assert (out == 0).all()
+        torch.cuda.synchronize()
