@@ -38,16 +38,11 @@ def forward(
     (torch.compile, function transforms, dispatch modes, tensor subclasses) does.
     """
     if not _goes_around(tensors):
-        text = None if recipe is None else _text_of(recipe)
+        text = None if recipe is None else recipe.to_text()
         return torch.ops.hopper_fa.forward(tensors, softmax_scale, causal, deterministic, backend, text)
     if _wants_gradient(tensors):
         return _Attention.apply(softmax_scale, causal, deterministic, backend, recipe, *tensors)
     return _run(tensors, softmax_scale, causal, backend, recipe)
-
-
-@torch.compiler.assume_constant_result
-def _text_of(recipe: Fp8Recipe) -> str:
-    return recipe.to_text()
 
 
 def _run(
@@ -259,7 +254,7 @@ def forward_e4m3(
     """`forward` of tensors that are float8_e4m3fn, see `quantization.from_fp8`: out in bfloat16, and lse."""
     inputs = (*tensors, *(t for t in descales if t is not None))
     if not _goes_around(inputs):
-        text = None if recipe is None else _text_of(recipe)
+        text = None if recipe is None else recipe.to_text()
         return torch.ops.hopper_fa.forward_e4m3(tensors, *descales, softmax_scale, causal, backend, text)
     run = functools.partial(_run_e4m3, tensors, descales, softmax_scale, causal, backend, recipe)
     return _WithoutGradient.apply(run, *inputs) if _wants_gradient(inputs) else run()

@@ -69,8 +69,9 @@ def quantize_qkv(
         of_v = v_stats(v, recipe, overlap if per_channel else "none", launches)
         overlap = "loads"
     v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, overlap, launches)
-    for launch in launches:
-        launch()
+    if batch:  # else empty tensors, whose pointers are null
+        for launch in launches:
+            launch()
     return QuantizedQKV(
         q=q_codes,
         k=k_codes,

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
 K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
@@ -82,6 +82,8 @@ class Fp8Recipe:
     row_sum: str = "product"
 
     def __post_init__(self) -> None:
+        # NOTE: here, as torch.compile can read it as a constant, and trace no more.
+        object.__setattr__(self, "_text", json.dumps(vars(self)))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -107,7 +109,7 @@ class Fp8Recipe:
 
     def to_text(self) -> str:
         """All fields as JSON, which `from_text` takes back: operators have no arguments of other types."""
-        return json.dumps(asdict(self))
+        return self._text
 
     @staticmethod
     @functools.lru_cache(maxsize=256)

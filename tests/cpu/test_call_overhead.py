@@ -111,6 +111,15 @@ def test_fp8_call(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> Non
     assert cost_of(lambda: flash_attn_func(q, k, v, recipe=recipe)) <= FP8_COST_ALLOWED
 
 
+@pytest.mark.skipif(not kernels.HAS_FP8, reason="this build holds no FP8 kernel")
+def test_empty_batch_in_fp8_launches_nothing(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("token_stats", "quantize_rows", "quantize_v"):
+        monkeypatch.setattr(quantize_kernels._C, name, lambda *_: pytest.fail("launched"))
+    q = torch.randn(0, 16, 4, 64, dtype=torch.bfloat16)
+    out, lse = flash_attn_func(q, q, q, return_lse=True, recipe=Fp8Recipe.default())
+    assert launches == [] and out.shape == q.shape and lse.shape == (0, 4, 16)
+
+
 def test_empty_queries_launch_nothing(launches: list[tuple]) -> None:
     q = torch.randn(2, 0, 4, 64, dtype=torch.bfloat16)
     k = torch.randn(2, 16, 4, 64, dtype=torch.bfloat16)

@@ -1,5 +1,9 @@
 """How the GPU tests run the kernel and judge it."""
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from cases import assert_accurate, assert_surroundings_nan, in_nan, nan_outputs
 from torch import Tensor
@@ -7,6 +11,29 @@ from torch import Tensor
 from hopper_fa import kernels
 
 SLEEP_CYCLES = 200_000_000  # about 0.1 s on the GPU
+
+
+def in_a_new_thread(call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises in a thread that has done nothing with CUDA yet, so has no context.
+
+    It has been called before, so that memory is there: to allocate some would make a context.
+    """
+    call()
+    torch.cuda.synchronize()
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:

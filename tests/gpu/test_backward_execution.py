@@ -4,7 +4,7 @@ import pytest
 import torch
 from backward_helpers import Problem, off_by_order, poisoned_scratch, problem_of, run_plain
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_gradients_accurate
-from helpers import SLEEP_CYCLES, same
+from helpers import SLEEP_CYCLES, in_a_new_thread, same
 from torch.utils.checkpoint import checkpoint
 
 from hopper_fa import Fp8Recipe, error_metrics, flash_attn_func, kernels
@@ -104,6 +104,21 @@ def test_batch_entries_do_not_depend_on_each_other(seed: int) -> None:
     kept = [0, 2, 3]
     assert same(tuple(t[kept] for t in before), tuple(t[kept] for t in after))
     assert all(t[1].isnan().any() for t in after)
+
+
+@every_instance
+def test_first_cuda_work_of_a_thread(backward_instance: None, head_dim: int, seed: int) -> None:
+    """As in the thread of torch that computes gradients, if its first work is ours."""
+    problem = problem_of(Case(2, 4, 4, 300, 300, head_dim, True), torch.bfloat16, seed)
+    dout, dlse, q, k, v, scale, causal = problem
+    out, lse = flash_attn_func(q, k, v, scale, causal, return_lse=True)
+    gradients = tuple(torch.empty_like(t) for t in (q, k, v))
+
+    def launch() -> None:
+        kernels.backward(dout, q, k, v, out, lse, dlse, *gradients, scale, causal, deterministic=True)
+
+    in_a_new_thread(launch)
+    assert same(gradients, run_plain(problem, deterministic=True))
 
 
 @every_instance

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_accurate
-from helpers import SLEEP_CYCLES, same
+from helpers import SLEEP_CYCLES, in_a_new_thread, same
 
 from hopper_fa import flash_attn_func
 
@@ -69,6 +69,11 @@ def test_runs_on_the_current_stream(seed: int) -> None:
         result = attend(*late, False)
     stream.synchronize()
     assert same(expected, result)
+
+
+def test_first_cuda_work_of_a_thread(seed: int) -> None:
+    qkv = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
+    assert same(in_a_new_thread(lambda: attend(*qkv, False)), attend(*qkv, False))
 
 
 def test_does_not_synchronise(seed: int) -> None:

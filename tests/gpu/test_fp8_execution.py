@@ -6,9 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import INSTANCE_HEAD_DIMS, Case
-from helpers import SLEEP_CYCLES, same
+from helpers import SLEEP_CYCLES, in_a_new_thread, same
 
-from hopper_fa import Fp8Recipe, flash_attn_func, kernels, quantize_kernels
+from hopper_fa import (
+    Fp8Recipe,
+    flash_attn_func,
+    flash_attn_quantized_func,
+    kernels,
+    quantize_kernels,
+    quantize_qkv,
+)
 
 RECIPES = {name: getattr(Fp8Recipe, name)() for name in ("default", "accurate", "causal_safe", "fa3")}
 RECIPES["smooth_q"] = replace(Fp8Recipe.default(), smooth_q=True)
@@ -108,6 +115,16 @@ def test_runs_on_the_current_stream(recipe: Fp8Recipe, seed: int) -> None:
             t.fill_(float("nan"))
     stream.synchronize()
     assert same(expected, result)
+
+
+def test_first_cuda_work_of_a_thread(seed: int) -> None:
+    qkv = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
+    recipe = RECIPES["default"]
+    expected = attend(qkv, recipe, False)
+    assert same(in_a_new_thread(lambda: attend(qkv, recipe, False)), expected)
+    quantized = quantize_qkv(*qkv, recipe)
+    attention = in_a_new_thread(lambda: flash_attn_quantized_func(quantized, return_lse=True))
+    assert same(attention, flash_attn_quantized_func(quantized, return_lse=True))
 
 
 @every_recipe
