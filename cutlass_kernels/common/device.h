@@ -12,14 +12,10 @@ struct Device {
 };
 constexpr int kCachedDevices = 64;  // the first ones of a machine: what they answer is asked for once
 
-// NOTE: sets the device that is set already, which makes its context the thread's. A thread may come here
-// with none, as torch's does whose first work is our backward, and the driver encodes tensor maps in a
-// context only.
 inline Device hopper_device() {
   static std::atomic<int> known[kCachedDevices];  // 0: not asked yet
   Device device = {0, 0};
-  if (cudaGetDevice(&device.index) != cudaSuccess || cudaSetDevice(device.index) != cudaSuccess)
-    return device;
+  if (cudaGetDevice(&device.index) != cudaSuccess) return device;
   bool const cached = device.index < kCachedDevices;
   if (cached) device.sms = known[device.index].load(std::memory_order_relaxed);
   if (device.sms > 0) return device;

@@ -46,11 +46,17 @@ inline Status encode_tensor_map(CUtensorMap& map, TensorRef const& t, DType dtyp
                                  bytes(t.batch_stride, n.batch)};
   cuuint32_t const box[4] = {cuuint32_t(box_columns), cuuint32_t(box_rows), 1, 1};
   cuuint32_t const element_strides[4] = {1, 1, 1, 1};
-  CUresult const result =
-      encode(&map, type, 4, t.data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             box_columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? Status::kOk : Status::kDriverError;
+  auto const encoded = [&] {
+    return encode(&map, type, 4, t.data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  box_columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  };
+  if (encoded()) return Status::kOk;
+  // NOTE: the driver encodes in a context only, and a thread may have none yet, as torch's does whose first
+  // work is our backward. The runtime binds one when it is told the device again.
+  int device;
+  bool const bound = cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+  return bound && encoded() ? Status::kOk : Status::kDriverError;
 }
 
 }  // namespace hopper_fa
