@@ -1,6 +1,6 @@
 """torch.library operators of forward and backward: schema, fake, autograd. torch.compile sees only these.
 
-Both take Q, K and V as a list of 3, 2 or 1 tensors (see `backend.unpack`), so that the gradient of a packed
+All take Q, K and V as a list of 3, 2 or 1 tensors (see `backend.unpack`), so that the gradient of a packed
 tensor is one tensor too.
 """
 

@@ -36,7 +36,7 @@ def quantize_qkv(
     """
     recipe = Fp8Recipe.default() if recipe is None else recipe
     q, k, v = (_aligned(t) for t in (q, k, v))
-    batch, seqlen_q, heads_q, head_dim = q.shape
+    seqlen_q, heads_q, head_dim = q.shape[1:]
     seqlen_k, heads_kv = k.shape[1:3]
     group = heads_q // heads_kv
 
@@ -69,9 +69,8 @@ def quantize_qkv(
         of_v = v_stats(v, recipe, overlap if per_channel else "none", launches)
         overlap = "loads"
     v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, overlap, launches)
-    if batch:  # else empty tensors, whose pointers are null
-        for launch in launches:
-            launch()
+    for launch in launches:
+        launch()
     return QuantizedQKV(
         q=q_codes,
         k=k_codes,
