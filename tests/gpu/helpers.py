@@ -1,7 +1,7 @@
 """How the GPU tests run the kernel and judge it."""
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,20 +20,38 @@ def in_a_new_thread(call: Callable[[], Any]) -> Any:
     """
     call()
     torch.cuda.synchronize()
-    results: list[Any] = []
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
 
-    def run() -> None:
-        try:
-            results.append(call())
-        except Exception as error:
-            results.append(error)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
+def assert_runs_on_the_current_stream(
+    call: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], source: Sequence[Tensor]
+) -> None:
+    """Inputs written late on a side stream are seen; what is written to them after the call is not."""
+    expected = call(source)
+    late = [torch.full_like(t, float("nan")) for t in source]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        for t, values in zip(late, source, strict=True):
+            t.copy_(values)
+        result = call(late)
+        for t in late:
+            t.fill_(float("nan"))
+    stream.synchronize()
+    assert same(expected, result)
+
+
+def assert_does_not_synchronise(call: Callable[[], Any]) -> None:
+    call()
+    torch.cuda.synchronize()
+    asleep = torch.cuda.Event()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    asleep.record()
+    call()
+    assert not asleep.query(), "the call returned only after the GPU had caught up"
+    torch.cuda.synchronize()
 
 
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:

@@ -1,10 +1,12 @@
 """How the backward runs: repeatably, race-free, on the caller's stream and device, in graphs, compiled."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from backward_helpers import Problem, off_by_order, poisoned_scratch, problem_of, run_plain
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_gradients_accurate
-from helpers import SLEEP_CYCLES, in_a_new_thread, same
+from helpers import assert_runs_on_the_current_stream, in_a_new_thread, same
 from torch.utils.checkpoint import checkpoint
 
 from hopper_fa import Fp8Recipe, error_metrics, flash_attn_func, kernels
@@ -139,20 +141,14 @@ def test_two_streams_at_once(backward_instance: None, head_dim: int, seed: int) 
 
 
 def test_runs_on_the_current_stream(seed: int) -> None:
-    """Inputs written late on a side stream are seen by both kernels: autograd runs the backward there too."""
-    source = problem_of(Case(1, 4, 4, 512, 512, 128), torch.bfloat16, seed)
-    expected = run_plain(source, deterministic=True)
-    dout, _, q, k, v, *options = source
-    late = [torch.full_like(t, float("nan")) for t in (dout, q, k, v)]
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(SLEEP_CYCLES)
-        for t, values in zip(late, (dout, q, k, v), strict=True):
-            t.copy_(values)
-        result = run_plain((late[0], None, *late[1:], *options), deterministic=True)
-    stream.synchronize()
-    assert same(expected, result)
+    """Both kernels: autograd runs the backward in that stream too."""
+    dout, _, q, k, v, *options = problem_of(Case(1, 4, 4, 512, 512, 128), torch.bfloat16, seed)
+
+    def call(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        dout, *qkv = tensors
+        return run_plain((dout, None, *qkv, *options), deterministic=True)
+
+    assert_runs_on_the_current_stream(call, (dout, q, k, v))
 
 
 @both_masks

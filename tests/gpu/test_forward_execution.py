@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_accurate
-from helpers import SLEEP_CYCLES, in_a_new_thread, same
+from helpers import assert_does_not_synchronise, assert_runs_on_the_current_stream, in_a_new_thread, same
 
 from hopper_fa import flash_attn_func
 
@@ -56,19 +56,8 @@ def test_two_streams_at_once(instance: None, head_dim: int, seed: int) -> None:
 
 
 def test_runs_on_the_current_stream(seed: int) -> None:
-    """Inputs written late on a side stream are seen, so the kernel is ordered after them there."""
     source = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
-    expected = attend(*source, False)
-    late = [torch.full_like(t, float("nan")) for t in source]
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(SLEEP_CYCLES)
-        for t, values in zip(late, source, strict=True):
-            t.copy_(values)
-        result = attend(*late, False)
-    stream.synchronize()
-    assert same(expected, result)
+    assert_runs_on_the_current_stream(lambda qkv: attend(*qkv, False), source)
 
 
 def test_first_cuda_work_of_a_thread(seed: int) -> None:
@@ -77,15 +66,8 @@ def test_first_cuda_work_of_a_thread(seed: int) -> None:
 
 
 def test_does_not_synchronise(seed: int) -> None:
-    q, k, v = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
-    attend(q, k, v, False)
-    torch.cuda.synchronize()
-    asleep = torch.cuda.Event()
-    torch.cuda._sleep(SLEEP_CYCLES)
-    asleep.record()
-    attend(q, k, v, False)
-    assert not asleep.query(), "the call returned only after the GPU had caught up"
-    torch.cuda.synchronize()
+    qkv = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
+    assert_does_not_synchronise(lambda: attend(*qkv, False))
 
 
 def capture(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, calls: int = 1):

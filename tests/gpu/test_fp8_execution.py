@@ -1,12 +1,12 @@
 """How a call with a recipe runs, quantisation and attention: as test_forward_execution.py has it for BF16."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import INSTANCE_HEAD_DIMS, Case
-from helpers import SLEEP_CYCLES, in_a_new_thread, same
+from helpers import assert_does_not_synchronise, assert_runs_on_the_current_stream, in_a_new_thread, same
 
 from hopper_fa import (
     Fp8Recipe,
@@ -70,21 +70,15 @@ def together(inputs: list[QKV], recipe: Fp8Recipe, streams: list[torch.cuda.Stre
     """Calls of two threads, each in its stream, give the bits of calls alone."""
     alone = [attend(qkv, recipe) for qkv in inputs]
     torch.cuda.synchronize()
-    results: list[list] = [[], []]
 
-    def calls(i: int) -> None:
+    def calls(i: int) -> list[tuple[torch.Tensor, ...]]:
         with torch.cuda.stream(streams[i]):
-            for _ in range(30):
-                results[i].append(attend(inputs[i], recipe))
+            return [attend(inputs[i], recipe) for _ in range(30)]
 
-    threads = [threading.Thread(target=calls, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(calls, range(2)))
     torch.cuda.synchronize()
     for i in range(2):
-        assert len(results[i]) == 30
         assert all(same(alone[i], result) for result in results[i]), f"problem {i} gave other bits"
 
 
@@ -100,21 +94,8 @@ def test_two_threads(shared: bool, recipe: Fp8Recipe, seed: int) -> None:
 
 @every_recipe
 def test_runs_on_the_current_stream(recipe: Fp8Recipe, seed: int) -> None:
-    """Inputs written late on a side stream are seen; what is written to them after the call is not."""
     source = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
-    expected = attend(source, recipe)
-    late = [torch.full_like(t, float("nan")) for t in source]
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(SLEEP_CYCLES)
-        for t, values in zip(late, source, strict=True):
-            t.copy_(values)
-        result = attend(late, recipe)
-        for t in late:
-            t.fill_(float("nan"))
-    stream.synchronize()
-    assert same(expected, result)
+    assert_runs_on_the_current_stream(lambda qkv: attend(qkv, recipe), source)
 
 
 def test_first_cuda_work_of_a_thread(seed: int) -> None:
@@ -130,14 +111,7 @@ def test_first_cuda_work_of_a_thread(seed: int) -> None:
 @every_recipe
 def test_does_not_synchronise(recipe: Fp8Recipe, seed: int) -> None:
     qkv = Case(1, 4, 4, 512, 512, 128).qkv(torch.bfloat16, seed, "cuda")
-    attend(qkv, recipe)
-    torch.cuda.synchronize()
-    asleep = torch.cuda.Event()
-    torch.cuda._sleep(SLEEP_CYCLES)
-    asleep.record()
-    attend(qkv, recipe)
-    assert not asleep.query(), "the call returned only after the GPU had caught up"
-    torch.cuda.synchronize()
+    assert_does_not_synchronise(lambda: attend(qkv, recipe))
 
 
 @every_recipe

@@ -81,7 +81,7 @@ def test_granularities_of_q_and_k(
     qk_dtype: str, k_granularity: str, q_granularity: str, dtype: torch.dtype, seed: int
 ) -> None:
     if k_granularity == "none" and qk_dtype == "int8":
-        return  # refused
+        pytest.skip("int8 needs a scale (tests/cpu/test_quantization.py)")
     recipe = replace(EVERYTHING, qk_dtype=qk_dtype, q_granularity=q_granularity, k_granularity=k_granularity)
     check(*Case(2, 6, 3, 200, 300, 72).qkv(dtype, seed, "cuda"), recipe)
 
@@ -113,10 +113,11 @@ def test_distributions(distribution: str, dtype: torch.dtype, seed: int) -> None
         t[:, :70] = value
         return t
 
-    v = change(v)
-    v[:, :, 0] = v[:, :1, :1, :1]  # a whole head of one value
     for recipe in (EVERYTHING, replace(EVERYTHING, qk_dtype="e4m3"), PRESETS["fa3"]):
-        check(change(q), change(k), v, recipe)
+        values = change(v)
+        if distribution != "outliers":
+            values[:, :, 0] = values[:, :1, :1, :1]  # a whole head of it
+        check(change(q), change(k), values, recipe)
 
 
 @pytest.mark.parametrize("sample_stats", [False, True], ids=["all tokens", "sample"])
