@@ -54,6 +54,36 @@ def assert_does_not_synchronise(call: Callable[[], Any]) -> None:
     torch.cuda.synchronize()
 
 
+def assert_reads_what_the_last_call_wrote(
+    call: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], start: tuple[Tensor, ...], calls: int = 20
+) -> None:
+    """Calls in a row, each on what the last one returned, give the bits of calls that wait for each other.
+
+    One by one, and in a graph. What a call has read is memory of the next one but one.
+    """
+
+    def chain(waiting: bool) -> tuple[Tensor, ...]:
+        result = start
+        for _ in range(calls):
+            result = call(result)
+            if waiting:
+                torch.cuda.synchronize()
+        return result
+
+    expected = chain(True)
+    assert all(t.isfinite().all() for t in expected)
+    torch.cuda._sleep(SLEEP_CYCLES)  # all launches are there when the first one begins
+    assert same(expected, chain(False)), "one by one"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain(False)
+    for _ in range(5):
+        for t in result:
+            t.fill_(float("nan"))
+        graph.replay()
+        assert same(expected, result), "in a graph"
+
+
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

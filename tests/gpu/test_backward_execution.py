@@ -6,7 +6,12 @@ import pytest
 import torch
 from backward_helpers import Problem, off_by_order, poisoned_scratch, problem_of, run_plain
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_gradients_accurate
-from helpers import assert_runs_on_the_current_stream, in_a_new_thread, same
+from helpers import (
+    assert_reads_what_the_last_call_wrote,
+    assert_runs_on_the_current_stream,
+    in_a_new_thread,
+    same,
+)
 from torch.utils.checkpoint import checkpoint
 
 from hopper_fa import Fp8Recipe, error_metrics, flash_attn_func, kernels
@@ -175,6 +180,25 @@ def test_cuda_graph(backward_instance: None, head_dim: int, causal: bool, seed: 
         graph.replay()
         assert same(result, run_plain(static, deterministic=True))
     assert_gradients_accurate(result, static)
+
+
+@both_masks
+@pytest.mark.parametrize("seqlen", [64, 300, 2048])
+@every_instance
+def test_reads_what_the_last_call_wrote(
+    backward_instance: None, head_dim: int, seqlen: int, causal: bool, seed: int
+) -> None:
+    """Its kernels, and the forward's, begin before the ones before them end."""
+    dout, _, q, k, v, scale, _ = problem_of(Case(2, 8, 8, seqlen, seqlen, head_dim), torch.bfloat16, seed)
+
+    def call(last: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        v, dout = last[:2]
+        out, lse = flash_attn_func(q, k, v, scale, causal, return_lse=True)
+        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        kernels.backward(dout, q, k, v, out, lse, None, dq, dk, dv, scale, causal, deterministic=True)
+        return out, dv, dq, dk
+
+    assert_reads_what_the_last_call_wrote(call, (v, dout))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

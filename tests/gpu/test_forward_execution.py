@@ -3,7 +3,13 @@
 import pytest
 import torch
 from cases import DTYPES, INSTANCE_HEAD_DIMS, Case, assert_accurate
-from helpers import assert_does_not_synchronise, assert_runs_on_the_current_stream, in_a_new_thread, same
+from helpers import (
+    assert_does_not_synchronise,
+    assert_reads_what_the_last_call_wrote,
+    assert_runs_on_the_current_stream,
+    in_a_new_thread,
+    same,
+)
 
 from hopper_fa import flash_attn_func
 
@@ -133,6 +139,38 @@ def test_graphs_and_eager_calls_at_once(seed: int) -> None:
         torch.cuda.synchronize()
         for i, result in enumerate([graphs[0][1], graphs[1][1], eager]):
             assert same(alone[i], result), f"problem {i} gave other bits in round {round_}"
+
+
+@pytest.mark.parametrize("seqlen", [64, 300, 2048])
+@every_instance
+def test_reads_what_the_last_call_wrote(instance: None, head_dim: int, seqlen: int, seed: int) -> None:
+    """Launches begin before the one before ends, the more so the fewer tiles it has."""
+    q, k, v = Case(2, 8, 8, seqlen, seqlen, head_dim).qkv(torch.bfloat16, seed, "cuda")
+    assert_reads_what_the_last_call_wrote(lambda last: attend(q, k, last[0], False), (v,))
+    assert_reads_what_the_last_call_wrote(lambda last: attend(last[0], k, v, True), (q,))
+
+
+@every_instance
+def test_graph_of_two_streams(instance: None, head_dim: int, seed: int) -> None:
+    """Two calls side by side, and one that reads what both wrote."""
+    case = Case(1, 4, 4, 500, 500, head_dim)
+    static = case.qkv(torch.bfloat16, seed, "cuda")
+    attend(*static, True)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        q, k, v = static
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            b, _ = attend(k, q, v, True)
+        a, _ = attend(q, k, v, False)
+        torch.cuda.current_stream().wait_stream(side)
+        result = attend(a, b, v, False)
+    for i in range(20):
+        q, k, v = case.qkv(torch.bfloat16, seed + i, "cuda")
+        for t, values in zip(static, (q, k, v), strict=True):
+            t.copy_(values)
+        graph.replay()
+        assert same(result, attend(attend(q, k, v, False)[0], attend(k, q, v, True)[0], v, False))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

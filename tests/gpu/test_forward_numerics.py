@@ -89,6 +89,43 @@ def test_growing_scores_are_rescaled(instance: None, head_dim: int, causal: bool
 
 
 @both_masks
+@every_instance
+def test_scores_far_below_zero(instance: None, head_dim: int, causal: bool, seed: int) -> None:
+    """Those of every second row, rising or falling in the order that blocks are visited."""
+    q, k, v = Case(1, 2, 2, 512, 2048, head_dim, causal).qkv(torch.bfloat16, seed, "cuda")
+    ramp = torch.linspace(-60, -10, 2048, device="cuda")[None, :, None, None]
+    along = torch.zeros_like(q)
+    along[:, ::2, :, 0] = head_dim**0.5
+    along[:, 1::2, :, 0] = -(head_dim**0.5)
+    for keys in (ramp, ramp.flip(1)):
+        toward = (k * 0.1).clone()
+        toward[..., :1] += keys.to(k.dtype)
+        assert_kernel_accurate((q * 0.1 + along).to(q.dtype), toward, v, causal=causal)
+
+
+@every_instance
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_key_that_is_not_finite(instance: None, value: float, head_dim: int, seed: int) -> None:
+    """A score of inf or NaN makes its row NaN, one of -inf hides its key; rows before it see neither."""
+    q, k, v = Case(2, 4, 2, 700, 700, head_dim, True).qkv(torch.bfloat16, seed, "cuda")
+    q[..., 0] = q[..., 0].abs() + 1
+    before = run_poisoned(q, k, v, causal=True)
+    for key in (0, 300, 699):
+        changed = k.clone()
+        changed[:, key, :, 0] = value
+        out, lse = run_poisoned(q, changed, v, causal=True)
+        assert torch.equal(before[0][:, :key], out[:, :key])
+        assert torch.equal(before[1][:, :, :key], lse[:, :, :key])
+        if value == float("-inf"):
+            hidden = out[:, max(key, 1) :], lse[:, :, max(key, 1) :]
+            assert all(t.isfinite().all() for t in hidden)
+            reference, _ = attention_reference(q, changed, v, causal=True)
+            assert error_metrics(hidden[0], reference[:, max(key, 1) :])["relative_l2"] < 1e-2
+        else:
+            assert out[:, key:].isnan().all() and lse[:, :, key:].isnan().all()
+
+
+@both_masks
 @both_dtypes
 @every_instance
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import INSTANCE_HEAD_DIMS, Case
-from helpers import assert_does_not_synchronise, assert_runs_on_the_current_stream, in_a_new_thread, same
+from helpers import (
+    assert_does_not_synchronise,
+    assert_reads_what_the_last_call_wrote,
+    assert_runs_on_the_current_stream,
+    in_a_new_thread,
+    same,
+)
 
 from hopper_fa import (
     Fp8Recipe,
@@ -64,6 +70,26 @@ def test_cuda_graph(head_dim: int, recipe: Fp8Recipe, seed: int) -> None:
             t.fill_(float("nan"))
         graph.replay()
         assert same(result, attend(fresh, recipe))
+
+
+@every_recipe
+@pytest.mark.parametrize("seqlen", [64, 300, 2048])
+@every_instance
+def test_reads_what_the_last_call_wrote(head_dim: int, seqlen: int, recipe: Fp8Recipe, seed: int) -> None:
+    """Kernels of quantisation and attention begin before the ones before them end."""
+    q, k, v = Case(2, 8, 8, seqlen, seqlen, head_dim).qkv(torch.bfloat16, seed, "cuda")
+    assert_reads_what_the_last_call_wrote(lambda last: attend((q, k, last[0]), recipe, False), (v,))
+    assert_reads_what_the_last_call_wrote(lambda last: attend((last[0], last[0], v), recipe), (k,))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_recipe
+def test_tensors_on_another_device_than_the_current(recipe: Fp8Recipe, seed: int) -> None:
+    here = Case(1, 4, 4, 300, 300, 128).qkv(torch.bfloat16, seed, "cuda:0")
+    there = tuple(t.to("cuda:1") for t in here)
+    got = attend(there, recipe)
+    assert all(t.device.index == 1 for t in got) and torch.cuda.current_device() == 0
+    assert same(tuple(t.to("cuda:0") for t in got), attend(here, recipe))
 
 
 def together(inputs: list[QKV], recipe: Fp8Recipe, streams: list[torch.cuda.Stream]) -> None:
