@@ -37,7 +37,6 @@ set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
     "bf16|64|fma_exp2"
     "bf16|64|early_pass"
     "bf16|64|plain_store"
-    "bf16|128|tma_store"
     "e4m3|128|fp8_no_ping_pong")
 
 # Quantisation, by input type.

@@ -13,8 +13,7 @@ constexpr float kNoMaximum = -0x1p127f;
 
 // Score: int32_t of int8 products, or float of e4m3's.
 //
-// NOTE: maxima are of integers in both, because Hopper has a three-way integer maximum and no float one: half
-// the instructions. Floats that are not negative are ordered as their bits are.
+// NOTE: maxima are of integers in both: see max_bits.
 template <class Score>
 struct QuantizedSoftmax {
   static constexpr bool kInteger = std::is_same_v<Score, int32_t>;
@@ -31,32 +30,6 @@ struct QuantizedSoftmax {
       return static_cast<int32_t>(kMinusInfinityBits - kMagicBits);
     else
       return -INFINITY;
-  }
-
-  // best: maxima so far of the rows' bits, at least 0 for floats.
-  template <bool kStart, class Scores>
-  static __device__ __forceinline__ void follow(Scores const& s, int (&best)[2]) {
-    auto const bits = [&](int i) {
-      if constexpr (kInteger)
-        return static_cast<int>(s(i));
-      else
-        return __float_as_int(s(i));
-    };
-    constexpr int kSize = decltype(cute::size(s))::value;
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      int chains[2];
-      CUTE_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        int const first = 4 * c + 2 * r;
-        int const start = kStart ? (kInteger ? bits(first) : 0) : best[r];
-        chains[c] = kStart || c == 0 ? __vimax3_s32(start, bits(first), bits(first + 1))
-                                     : max(bits(first), bits(first + 1));
-        CUTE_UNROLL
-        for (int i = first + 8; i < kSize; i += 8) chains[c] = __vimax3_s32(chains[c], bits(i), bits(i + 1));
-      }
-      best[r] = max(chains[0], chains[1]);
-    }
   }
 
   // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out, without row_scale if not kRowScale
@@ -153,7 +126,9 @@ struct QuantizedSoftmax {
       // A row without a positive score: rare, unless the mask hides all of its keys.
       if (__any_sync(~0u, best[0] <= 0 || best[1] <= 0)) {
         float const none[2] = {-INFINITY, -INFINITY};
-        hopper_fa::block_max(s, none, result);
+        thread_max(s, none, result);
+        CUTE_UNROLL
+        for (int r = 0; r < 2; ++r) result[r] = quad_max(result[r]);
       }
     }
   }

@@ -39,19 +39,66 @@ __device__ __forceinline__ void exponentiate(Scores& s, float const (&scale)[2],
   }
 }
 
-// Each row's maximum over the block and `start`, which is one value a row or -inf.
+// The maxima of `start` and the scores in this thread's columns.
 template <class Scores>
-__device__ __forceinline__ void block_max(Scores const& s, float const (&start)[2], float (&result)[2]) {
+__device__ __forceinline__ void thread_max(Scores const& s, float const (&start)[2], float (&result)[2]) {
   // Four independent chains of maxima, so that none of them waits for its own latency.
   float partial[4] = {start[0], start[0], start[1], start[1]};
   CUTE_UNROLL
   for (int i = 0; i < decltype(cute::size(s))::value; ++i) partial[i & 3] = max_nan(partial[i & 3], s(i));
   CUTE_UNROLL
-  for (int r = 0; r < 2; ++r) result[r] = quad_max(max_nan(partial[2 * r], partial[2 * r + 1]));
+  for (int r = 0; r < 2; ++r) result[r] = max_nan(partial[2 * r], partial[2 * r + 1]);
 }
 
-// 16-bit inputs: one scale for all scores.
-template <int kFmaOctets>
+// best: the largest of each row's scores in this thread's columns, as integers (of floats their bits, and at
+// least 0), and what best was unless kStart.
+// NOTE: integers, because Hopper has a three-way integer maximum and no float one: half the instructions.
+// Floats that are not negative are ordered as their bits are, and NaN is the largest of them.
+template <bool kStart, class Scores>
+__device__ __forceinline__ void max_bits(Scores const& s, int (&best)[2]) {
+  constexpr bool kInteger = std::is_same_v<typename Scores::value_type, int32_t>;
+  auto const bits = [&](int i) {
+    if constexpr (kInteger)
+      return static_cast<int>(s(i));
+    else
+      return __float_as_int(s(i));
+  };
+  constexpr int kSize = decltype(cute::size(s))::value;
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    int chains[2];
+    CUTE_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      int const first = 4 * c + 2 * r;
+      int const start = kStart ? (kInteger ? bits(first) : 0) : best[r];
+      chains[c] = kStart || c == 0 ? __vimax3_s32(start, bits(first), bits(first + 1))
+                                   : max(bits(first), bits(first + 1));
+      CUTE_UNROLL
+      for (int i = first + 8; i < kSize; i += 8) chains[c] = __vimax3_s32(chains[c], bits(i), bits(i + 1));
+    }
+    best[r] = max(chains[0], chains[1]);
+  }
+}
+
+// As thread_max, from the best that max_bits<true> found.
+// NOTE: below 0 the larger float has the smaller bits.
+template <class Scores>
+__device__ __forceinline__ void finish_max(Scores const& s, int const (&best)[2], float const (&start)[2],
+                                           float (&result)[2]) {
+  auto const bits = [&](int i) { return __float_as_uint(s(i)); };
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    uint32_t chains[2] = {~0u, ~0u};
+    CUTE_UNROLL
+    for (int i = 2 * r; i < decltype(cute::size(s))::value; i += 4)
+      chains[i / 4 % 2] = __vimin3_u32(chains[i / 4 % 2], bits(i), bits(i + 1));
+    uint32_t const largest = best[r] > 0 ? static_cast<uint32_t>(best[r]) : min(chains[0], chains[1]);
+    result[r] = max_nan(start[r], __uint_as_float(largest));
+  }
+}
+
+// 16-bit inputs: one scale for all scores. kMaxBits: whether a thread's maxima are of integers first.
+template <int kFmaOctets, bool kMaxBits>
 struct OnlineSoftmax {
   // The maximum that P is relative to; lags behind the true one by up to the threshold.
   float row_max[2] = {-INFINITY, -INFINITY};
@@ -64,23 +111,36 @@ struct OnlineSoftmax {
 
   // Scores in, P = exp2(scale_log2 * (S - row_max)) out. Returns whether the output so far must be multiplied
   // by alpha: row_max follows the true maximum only when that has outgrown the threshold (FlashAttention-4's
-  // lazy rescaling; exact after the final division).
-  template <class Scores>
+  // lazy rescaling; exact after the final division). kFirst: of the tile's blocks.
+  template <bool kFirst, class Scores>
   __device__ __forceinline__ bool step(Scores& s, float (&alpha)[2]) {
+    // True for NaN and for -inf - -inf.
+    auto const outgrows = [&](float max, int r) { return !((max - row_max[r]) * scale_log2 <= threshold); };
+    auto const any_outgrows = [&](float max0, float max1) {
+      return __any_sync(~0u, outgrows(max0, 0) || outgrows(max1, 1));
+    };
+    // NOTE: of each thread's columns alone: where no thread's outgrow, no row's do, and what other threads
+    // have need not be known.
     float new_max[2];
-    block_max(s, row_max, new_max);
-    bool outgrown[2];
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r)
-      outgrown[r] =
-          !((new_max[r] - row_max[r]) * scale_log2 <= threshold);  // true for NaN and for -inf - -inf
-    // NOTE: the vote only saves the branch. Whether a row is rescaled depends on that row alone, so no row's
-    // bits depend on its neighbours, nor on keys that a causal mask hides from it.
-    bool const rescale = __any_sync(~0u, outgrown[0] || outgrown[1]);
+    bool rescale = true;
+    if constexpr (!kFirst && kMaxBits) {
+      int best[2];
+      max_bits<true>(s, best);
+      rescale = any_outgrows(__int_as_float(best[0]), __int_as_float(best[1]));
+      if (rescale) finish_max(s, best, row_max, new_max);
+    } else {
+      thread_max(s, row_max, new_max);
+      if constexpr (!kFirst) rescale = any_outgrows(new_max[0], new_max[1]);
+    }
     if (rescale) {
       CUTE_UNROLL
+      for (int r = 0; r < 2; ++r) new_max[r] = quad_max(new_max[r]);
+      if constexpr (!kFirst && kMaxBits) rescale = any_outgrows(new_max[0], new_max[1]);
+      CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
-        bool const keep = !outgrown[r] || new_max[r] == -INFINITY;
+        // NOTE: every row decides by itself, so its bits depend on no neighbour, nor on keys that a causal
+        // mask hides from it.
+        bool const keep = !outgrows(new_max[r], r) || new_max[r] == -INFINITY;
         alpha[r] = keep ? 1.f : exp2_sfu((row_max[r] - new_max[r]) * scale_log2);
         row_max[r] = keep ? row_max[r] : new_max[r];
         row_sum[r] *= alpha[r];

@@ -37,8 +37,8 @@ __device__ __forceinline__ void store_output_tma(typename Traits::Arguments cons
                                                  typename Traits::Element* staging, int warpgroup) {
   using Element = typename Traits::Element;
   constexpr int kSlab = 64 * 64;
-  int const lane = threadIdx.x % 32;
-  int const warp_row = threadIdx.x % 128 / 32 * 16;
+  unsigned const thread = fresh_thread() % 128;
+  int const lane = thread % 32, warp_row = thread / 32 * 16;
   Element* const rows = staging + warp_row * 64;
   wait_staging(warpgroup);
   CUTE_UNROLL
@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_output_tma(typename Traits::Arguments cons
                               tile.batch);
     tma_store_arrive();
   }
-  OutputRows const to(args, tile);
+  OutputRows const to(args, tile, warp_row + lane / 4);
   CUTE_UNROLL
   for (int r = 0; r < 2; ++r)
     if (r < to.exist && lane % 4 == 0) to.lse[8 * r] = lse[r];

@@ -25,7 +25,13 @@ class Mainloop {
   static constexpr ForwardTile kTile = Traits::kTile;
   static constexpr bool kTmaStore = kTile.store == Store::kQStage;
   static constexpr int kBlockN = Traits::kBlockN;
-  using Softmax = OnlineSoftmax<kTile.fma_exp2_octets>;
+  // Whether P of a block is rounded while P of the one before is still being multiplied; else its registers
+  // are waited for. NOTE: two turns in the loop's body, as registers have no index. d64 has no room for it,
+  // and d256 nothing from it; without turns ptxas serialises the products.
+  static constexpr bool kTwoPs =
+      Traits::kHeadDim == 128 && kBlockN == 128 && kTile.ping_pong == PingPong::kAfterPV;
+  // NOTE: with 64 keys a block (d256) integer maxima are 2% slower.
+  using Softmax = OnlineSoftmax<kTile.fma_exp2_octets, kBlockN >= 128>;
   using Output = decltype(partition_fragment_C(typename Traits::template MmaPV<0>{},
                                                Shape<_64, Int<Traits::kHeadDim>>{}));
   using Probabilities = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));
@@ -39,6 +45,7 @@ class Mainloop {
 
   Output output_;            // 64 x head_dim, FP32
   Probabilities p_;          // 64 x kBlockN, of the last block whose QK is done
+  Probabilities other_p_;    // with kTwoPs: every second block's, between two turns of a tile
   Softmax softmax_;          // of the tile that p_ belongs to
   WarpgroupTile tile_;       // that tile
   int q_slot_;               // where its Q was, and its output will be (Store::kQStage)
@@ -85,9 +92,25 @@ class Mainloop {
         first_turn<true>(tile, range);
       else
         first_turn<false>(tile, range);
-      for (int n = range.end - 2; n >= 0; --n) {
-        refill(range.end - 1 - n + skipped);
-        next_turn(n, range);
+      int n = range.end - 2;
+      if constexpr (kTwoPs) {
+#pragma unroll 1
+        for (; n > 0; n -= 2) {
+          refill(range.end - 1 - n + skipped);
+          next_turn(n, range, p_, other_p_);
+          refill(range.end - n + skipped);
+          next_turn(n - 1, range, other_p_, p_);
+        }
+        if (n == 0) {
+          refill(range.end - 1 + skipped);
+          next_turn(0, range, p_, other_p_);
+          copy(other_p_, p_);
+        }
+      } else {
+        for (; n >= 0; --n) {
+          refill(range.end - 1 - n + skipped);
+          next_turn(n, range, p_, p_);
+        }
       }
     } else {
       run_in_order(tile, range, skipped, refill);
@@ -97,7 +120,7 @@ class Mainloop {
   // After the last tile.
   __device__ __forceinline__ void flush() {
     if (pending_) {
-      issue_pv();
+      issue_pv(p_);
       finish_pending();
       release_output();
     }
@@ -116,14 +139,14 @@ class Mainloop {
     issue_product(typename Traits::MmaQK{}, q_operand(), k_operand(), s, false);
     int const k_slot = ring_.slot;
     ring_.advance();
-    if constexpr (kPending) issue_pv();
+    if constexpr (kPending) issue_pv(p_);
     baton_.pass();
     wait_product<kPending ? 1 : 0>(s);
     if (!kPending && started_) skip_blocks(1);
     release_slot(k_slot);
-    if (n == 0) release_q();
+    if (n == 0) release_q(keeps_q());
     prepare_scores(s, n, range, tile.row);
-    fresh.step(s, alpha);  // nothing to rescale yet
+    fresh.template step<true>(s, alpha);  // nothing to rescale yet
     if constexpr (kPending) finish_pending();
     round_probabilities<Traits>(s, p_);
     softmax_ = fresh;
@@ -136,8 +159,9 @@ class Mainloop {
     if constexpr (kTmaStore) q_slot_ = __shfl_sync(~0u, q_slot, 0);
   }
 
-  // The hot loop. On entry the slot at ring_, K of block n, has landed.
-  __device__ __forceinline__ void next_turn(int n, BlockRange range) {
+  // The hot loop: P of block n + 1 is multiplied, that of block n is `next`, which may be the same. On entry
+  // the slot at ring_, K of block n, has landed.
+  __device__ __forceinline__ void next_turn(int n, BlockRange range, Probabilities& p, Probabilities& next) {
     float alpha[2];
     Tensor s = make_scores();
     baton_.take();
@@ -145,21 +169,29 @@ class Mainloop {
     int const k_slot = ring_.slot;
     ring_.advance();
     if (kTile.ping_pong == PingPong::kAfterQK) baton_.pass();
-    issue_pv();
+    issue_pv(p);
     if (kTile.ping_pong == PingPong::kAfterPV) baton_.pass();
     wait_product<1>(s);
     release_slot(k_slot);
-    if (n == 0) release_q();
+    if (n == 0) release_q(keeps_q());
     prepare_scores(s, n, range, tile_.row);
-    bool const rescale = softmax_.step(s, alpha);
+    bool const rescale = softmax_.template step<false>(s, alpha);
     // NOTE: the next turn's block is waited for here because the wait is a loop: with the fence before it,
     // nvcc moves no exponential across. Without the two, all of them end up below wait_product, and PV runs
     // beside nothing.
-    warpgroup_fence_operand(s);
+    if constexpr (kTwoPs) {
+      round_probabilities<Traits>(s, next);
+      warpgroup_fence_operand(next);
+    } else {
+      warpgroup_fence_operand(s);
+    }
     if (n > 0) wait_block_after();
     wait_product<0>(output_);
     release_block();
-    round_probabilities<Traits>(s, p_);
+    if constexpr (kTwoPs)
+      warpgroup_fence_operand(p);  // it was in use until here
+    else
+      round_probabilities<Traits>(s, next);
     if (rescale) scale_rows(output_, alpha);
   }
 
@@ -169,7 +201,7 @@ class Mainloop {
     baton_.pass();
     skip_blocks(1);
     if (pending_) {
-      issue_pv();
+      issue_pv(p_);
       finish_pending();
       release_output();
     } else if (started_ || !kTile.overlap) {
@@ -180,9 +212,9 @@ class Mainloop {
 
   // kWait: the V block may not have landed yet.
   template <bool kWait = true>
-  __device__ __forceinline__ void issue_pv() {
+  __device__ __forceinline__ void issue_pv(Probabilities const& p) {
     if constexpr (kWait) wait_block();
-    issue_product(typename Traits::template MmaPV<0>{}, p_, v_operand(), output_, accumulate_);
+    issue_product(typename Traits::template MmaPV<0>{}, p, v_operand(), output_, accumulate_);
     accumulate_ = true;
   }
 
@@ -196,11 +228,14 @@ class Mainloop {
   __device__ __forceinline__ void finish_tile() {
     float factor[2], lse[2];
     softmax_.finish(factor, lse);
-    if constexpr (kTmaStore)
-      store_output_tma<Traits>(args_, tile_, output_, factor, lse, shared_.q[q_slot_][warpgroup_],
-                               warpgroup_);
-    else
-      store_output<Traits>(args_, tile_, output_, factor, lse);
+    if constexpr (kTmaStore) {
+      if (keeps_q()) {
+        store_output_tma<Traits>(args_, tile_, output_, factor, lse, shared_.q[q_slot_][warpgroup_],
+                                 warpgroup_);
+        return;
+      }
+    }
+    store_output<Traits>(args_, tile_, output_, factor, lse);
   }
 
   // Without overlap: QK, softmax and PV of a block one after the other, PV in one turn with QK of the next
@@ -221,9 +256,9 @@ class Mainloop {
       baton_.pass();
       wait_product<0>(s);
       release_block();
-      if (n == 0) release_q();
+      if (n == 0) release_q(keeps_q());
       prepare_scores(s, n, range, tile.row);
-      bool const rescale = softmax_.step(s, alpha);
+      bool const rescale = softmax_.template step<false>(s, alpha);
       round_probabilities<Traits>(s, p_);
       if (rescale && accumulate_) scale_rows(output_, alpha);
       // NOTE: V is waited for before the baton because the wait is a loop: with the fence before it, nothing
@@ -231,7 +266,7 @@ class Mainloop {
       warpgroup_fence_operand(p_);
       wait_block();
       baton_.take();
-      issue_pv<false>();
+      issue_pv<false>(p_);
       wait_product<0>(output_);
       release_block();
     }
@@ -262,7 +297,7 @@ class Mainloop {
       for (int i = 0; i < size(s); ++i) s(i) = -s(i);
     }
     if (n >= range.unmasked) {
-      int const row = first_row + row_in_tile();
+      int const row = first_row + fresh_row_in_tile();
       int const keys = args_.seqlen_k - n * kBlockN;
       int const diagonal = row + 1 + (args_.seqlen_k - args_.seqlen_q) - n * kBlockN;
       int const visible[2] = {args_.causal ? min(keys, diagonal) : keys,
@@ -289,14 +324,15 @@ class Mainloop {
   __device__ __forceinline__ void wait_q() const {
     FullBarrier::wait(&shared_.q_full[q_ring_.slot][warpgroup_], q_ring_.phase);
   }
-  // keep: the tile's output needs the place.
-  __device__ __forceinline__ void release_q(bool keep = kTmaStore) {
+  // Whether a tile's output takes the place of its Q.
+  __device__ __forceinline__ bool keeps_q() const { return kTmaStore && !args_.plain_store; }
+  __device__ __forceinline__ void release_q(bool keep) {
     if (!keep && threadIdx.x % 32 == 0) EmptyBarrier::arrive(&shared_.q_empty[q_ring_.slot][warpgroup_]);
     q_ring_.advance();
   }
   // Once TMA has read the output of tile_.
   __device__ __forceinline__ void release_output() const {
-    if (kTmaStore && threadIdx.x % 32 == 0) {
+    if (keeps_q() && threadIdx.x % 32 == 0) {
       tma_store_wait<0>();
       EmptyBarrier::arrive(&shared_.q_empty[q_slot_][warpgroup_]);
     }

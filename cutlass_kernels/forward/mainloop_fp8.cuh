@@ -333,7 +333,7 @@ class Fp8Mainloop {
     auto half = half_of<kIndex>(s);
     wait_product<kPending>(half);
     if constexpr (kKeyVectors) scale_keys<kIndex * kHalf>(half);
-    Softmax::template follow<kIndex == 0>(scores_of(half), best);
+    max_bits<kIndex == 0>(scores_of(half), best);
   }
 
   // S = S k_scale q_scale + key_bias in place, of the block's keys from kFirst on.
@@ -371,7 +371,7 @@ class Fp8Mainloop {
     int const visible[2] = {args_.causal ? min(keys, diagonal) : keys,
                             args_.causal ? min(keys, diagonal + 8) : keys};
     if (masked) mask_scores(s, visible, Softmax::hidden());
-    Softmax::template follow<true>(s, best);
+    max_bits<true>(s, best);
   }
 
   // The registers of the products as floats: P, and with key_vectors the scores.

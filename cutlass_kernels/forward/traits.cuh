@@ -26,7 +26,8 @@ struct ForwardArguments {
   float scale_log2;    // |softmax_scale| * log2(e)
   bool negate_scores;  // softmax_scale was negative
   bool causal;
-  int warpgroups;  // computing warpgroups in use; a tile has 64 rows for each
+  int warpgroups;    // computing warpgroups in use; a tile has 64 rows for each
+  bool plain_store;  // 16-bit inputs with Store::kQStage: the output leaves as with Store::kPlain
   TileScheduler scheduler;
   Fp8Params fp8;        // 8-bit inputs only
   float softmax_scale;  // 8-bit inputs only
