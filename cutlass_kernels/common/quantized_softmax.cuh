@@ -127,8 +127,7 @@ struct QuantizedSoftmax {
       if (__any_sync(~0u, best[0] <= 0 || best[1] <= 0)) {
         float const none[2] = {-INFINITY, -INFINITY};
         thread_max(s, none, result);
-        CUTE_UNROLL
-        for (int r = 0; r < 2; ++r) result[r] = quad_max(result[r]);
+        quad_max(result);
       }
     }
   }

@@ -39,6 +39,12 @@ __device__ __forceinline__ void exponentiate(Scores& s, float const (&scale)[2],
   }
 }
 
+// Two rows' maxima, from each thread's of its columns.
+__device__ __forceinline__ void quad_max(float (&rows)[2]) {
+  CUTE_UNROLL
+  for (int r = 0; r < 2; ++r) rows[r] = quad_max(rows[r]);
+}
+
 // The maxima of `start` and the scores in this thread's columns.
 template <class Scores>
 __device__ __forceinline__ void thread_max(Scores const& s, float const (&start)[2], float (&result)[2]) {
@@ -133,8 +139,8 @@ struct OnlineSoftmax {
       if constexpr (!kFirst) rescale = any_outgrows(new_max[0], new_max[1]);
     }
     if (rescale) {
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) new_max[r] = quad_max(new_max[r]);
+      quad_max(new_max);
+      // NOTE: the integers, which are at least 0, may have looked like growth where there is none.
       if constexpr (!kFirst && kMaxBits) rescale = any_outgrows(new_max[0], new_max[1]);
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {

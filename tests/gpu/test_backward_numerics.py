@@ -60,8 +60,10 @@ def test_emulator_predicts_the_kernel(
         # NOTE: FP32 scores of hundreds, whose sums the tensor core cuts, move P by a twentieth of FP16's
         # last place.
         share = 0.5 if dtype == "fp16" and distribution in ("outliers", "one_hot") else 0.35
-        # NOTE: among outliers, one large element that rounds the other way can be all of the difference.
-        flips = 2 * eps * truth.abs().max().item() / truth.numel() ** 0.5
+        flips = 0.0
+        if dtype == "fp16" and distribution == "outliers":
+            # NOTE: one large element that rounds the other way can be all of the difference.
+            flips = 2 * eps * truth.abs().max().item() / truth.numel() ** 0.5
         allowed = share * error_metrics(ours, truth)["rmse"] + 0.02 * last_place + floor + flips
         difference = error_metrics(ours, theirs)["rmse"]
         assert difference <= allowed, f"d{name}: {difference:.3e} exceeds {allowed:.3e}"
