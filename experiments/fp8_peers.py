@@ -158,6 +158,7 @@ def _ours_16_bit() -> Peer:
 BUILDERS: dict[str, Callable[[], Peer]] = {
     "hopper_fa": lambda: fp8_peer("hopper_fa", Fp8Recipe.default()),
     "hopper_fa_e4m3": lambda: fp8_peer("hopper_fa_e4m3", replace(Fp8Recipe.default(), qk_dtype="e4m3")),
+    "hopper_fa_accurate": lambda: fp8_peer("hopper_fa_accurate", Fp8Recipe.accurate()),
     "hopper_fa_causal_safe": lambda: fp8_peer("hopper_fa_causal_safe", Fp8Recipe.causal_safe()),
     "hopper_fa_end_to_end": lambda: fp8_peer("hopper_fa_end_to_end", Fp8Recipe.default(), end_to_end=True),
     "hopper_fa_bf16": _ours_16_bit,

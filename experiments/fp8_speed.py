@@ -3,9 +3,10 @@
     python experiments/fp8_speed.py                     # 36 shapes, every peer that is installed
     python experiments/fp8_speed.py --variants fp8_no_ping_pong  # our other tiles
 
-hopper_fa is the default recipe, hopper_fa_e4m3 the same with e4m3 scores; both accumulate in two levels. fa3
-does not, vllm does. hopper_fa_end_to_end is the default recipe from 16-bit tensors on. Interleaved in one
-process on the same inputs (timing.py). Writes JSON and CSV.
+hopper_fa is the default recipe, hopper_fa_e4m3 the same with e4m3 scores, hopper_fa_accurate has int8 scores
+and exact exponentials; all accumulate in two levels. fa3 does not, vllm does. hopper_fa_end_to_end is the
+default recipe from 16-bit tensors on. Interleaved in one process on the same inputs (timing.py). Writes JSON
+and CSV.
 """
 
 from __future__ import annotations

@@ -18,10 +18,13 @@ from fp8_published import FA3, p_cast_share
 from hopper_fa import Fp8Recipe, error_metrics, quantize_qkv
 from hopper_fa.accuracy import unfused_attention
 from hopper_fa.accuracy_fp8 import attend, forward_16bit, implementation, reference, study_inputs
+from hopper_fa.kernels import EXP2_LINEAR_MEAN
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import E4M3_MAX, K_BLOCK
 
 DEFAULT = Fp8Recipe.default()
+# What the grids vary: not every field goes with P by its code.
+EXACT = replace(DEFAULT, linear_exp2=0)
 Row = dict[str, object]
 
 
@@ -99,6 +102,7 @@ def e1(sizes: Sizes) -> Iterator[Row]:
         "default, no rotation": replace(DEFAULT, rotation="none"),
         "default, V not compensated": replace(DEFAULT, compensate_v=False),
         "default, statistics of every token": replace(DEFAULT, sample_stats=False),
+        "default, exact exponentials": EXACT,
     }
     for head in range(sizes.heads):
         problem = Problem.of(sizes, "outliers", sizes.keys, sizes.queries, head)
@@ -138,6 +142,7 @@ def kb(sizes: Sizes) -> Iterator[Row]:
         for name in ("fa3", "fa3_paper", "causal_safe", "default", "accurate"):
             yield problem.of_recipe(name, getattr(Fp8Recipe, name)())
         yield problem.of_recipe("default, e4m3 Q and K", replace(DEFAULT, qk_dtype="e4m3"))
+        yield problem.of_recipe("default, exact exponentials", EXACT)
         finer = replace(Fp8Recipe.accurate(), k_granularity="token")
         yield problem.of_recipe("accurate, a scale a key", finer)
 
@@ -150,14 +155,14 @@ def e2(sizes: Sizes) -> Iterator[Row]:
             yield problem.of_bf16(qk="bf16", pv="bf16")
             for rotation in ("none", "hadamard"):
                 for qk in ("int8", "e4m3"):
-                    recipe = replace(DEFAULT, qk_dtype=qk, rotation=rotation)
+                    recipe = replace(EXACT, qk_dtype=qk, rotation=rotation)
                     name = f"{qk}, {'rotated' if rotation == 'hadamard' else 'not rotated'}"
                     yield problem.of_recipe(name, recipe, qk=qk, pv="e4m3", rotation=rotation)
 
 
 def e3(sizes: Sizes) -> Iterator[Row]:
     """Granularity of scales, smoothing and rotation, and which tokens statistics take."""
-    plain = replace(DEFAULT, rotation="none", smooth_k=False, smooth_v=False, compensate_v=False)
+    plain = replace(EXACT, rotation="none", smooth_k=False, smooth_v=False, compensate_v=False)
     smoothing = {
         "none": plain,
         "rotation": replace(plain, rotation="hadamard"),
@@ -174,20 +179,20 @@ def e3(sizes: Sizes) -> Iterator[Row]:
                 for name, recipe in smoothing.items():
                     yield problem.of_recipe(name, replace(recipe, qk_dtype=qk), grid="smoothing", qk=qk)
                 for name in ("tensor", "head", "block", "token"):
-                    recipe = replace(DEFAULT, qk_dtype=qk, q_granularity=name, k_granularity=name)
+                    recipe = replace(EXACT, qk_dtype=qk, q_granularity=name, k_granularity=name)
                     yield problem.of_recipe(name, recipe, grid="granularity of Q and K", qk=qk)
             for name in ("none", "tensor", "head", "channel"):
                 yield problem.of_recipe(
-                    name, replace(DEFAULT, v_granularity=name), grid="granularity of V", qk="int8"
+                    name, replace(EXACT, v_granularity=name), grid="granularity of V", qk="int8"
                 )
             for name, sample in (("all", False), ("a sample", True)):
-                recipe = replace(DEFAULT, sample_stats=sample)
+                recipe = replace(EXACT, sample_stats=sample)
                 yield problem.of_recipe(name, recipe, grid="tokens that statistics take", qk="int8")
         for v_mean in (0.0, 1.0):
             problem = Problem.of(sizes, "normal", sizes.short, sizes.queries, head, v_mean)
             for smooth, compensate in ((False, False), (True, False), (False, True), (True, True)):
                 name = f"smooth {'on' if smooth else 'off'}, compensate {'on' if compensate else 'off'}"
-                recipe = replace(DEFAULT, smooth_v=smooth, compensate_v=compensate)
+                recipe = replace(EXACT, smooth_v=smooth, compensate_v=compensate)
                 yield problem.of_recipe(name, recipe, grid=f"V of mean {v_mean:g}", qk="int8")
 
 
@@ -208,7 +213,7 @@ def e4(sizes: Sizes) -> Iterator[Row]:
                 if keys > _ALL_VARIANTS and v_mean < 1:
                     continue
                 for smooth in (False, True):
-                    recipe = replace(DEFAULT, smooth_v=smooth, compensate_v=smooth)
+                    recipe = replace(EXACT, smooth_v=smooth, compensate_v=smooth)
                     qkv = problem.quantize(recipe)
                     for name, accumulation in ACCUMULATIONS.items():
                         for row_sum in ("product", "fp32") if keys <= _ALL_VARIANTS else ("product",):
@@ -221,7 +226,9 @@ def e4(sizes: Sizes) -> Iterator[Row]:
                             )
 
 
-P_RANGES = ((0, 0), (4, 0), (4, 4), (6, 0), (6, 2.8), (8, 0), (8.807, 0))  # (p_offset, rescale_threshold)
+# (p_offset, rescale_threshold, linear_exp2)
+P_RANGES = ((0, 0, 0), (4, 0, 0), (4, 4, 0), (6, 0, 0), (6, 2.8, 0), (8, 0, 0), (8, 0.8, 0), (8.807, 0, 0))
+P_RANGES += ((6, 2.8, None), (8, 0.8, None))
 
 
 def e5(sizes: Sizes) -> Iterator[Row]:
@@ -240,15 +247,21 @@ def e5(sizes: Sizes) -> Iterator[Row]:
                 v[:, at] *= 0.1
                 facts = {"inputs": "sinks", "seed": sizes.seed + head, "excess": excess, "seen": seen}
                 problem = Problem(sizes, q, k, v, **facts)
-                qkv = problem.quantize(DEFAULT)
-                for offset, threshold in P_RANGES:
-                    recipe = replace(DEFAULT, p_offset=float(offset), rescale_threshold=float(threshold))
-                    row = problem.of_recipe(
-                        f"offset {offset:g}, threshold {threshold}", recipe, replace(qkv, recipe=recipe)
+                qkv = problem.quantize(EXACT)
+                for offset, threshold, linear in P_RANGES:
+                    recipe = replace(
+                        EXACT,
+                        p_offset=float(offset),
+                        rescale_threshold=float(threshold),
+                        linear_exp2=linear,
                     )
+                    variant = f"offset {offset:g}, threshold {threshold}"
+                    variant += ", by code" if linear is None else ""
+                    row = problem.of_recipe(variant, recipe, replace(qkv, recipe=recipe))
                     row |= {"p_offset": float(offset), "rescale_threshold": float(threshold)}
                     row["zero_share"] = zero_share(qkv, recipe, at)
-                    predicted = p_cast_share(excess, offset) if excess and threshold == 0 else None
+                    predictable = excess and threshold == 0 and linear == 0
+                    predicted = p_cast_share(excess, offset) if predictable else None
                     yield row | {"predicted_zero_share": predicted if seen == "first" else None}
 
 
@@ -259,11 +272,13 @@ def zero_share(qkv: QuantizedQKV, recipe: Fp8Recipe, sinks: slice) -> float:
     counted = torch.ones(k.shape[0], dtype=torch.bool, device=k.device)
     counted[sinks] = False
     maximum = scores.new_full(scores.shape[:1], float("-inf"))
+    # Half of the smallest number, or of the smallest code.
+    smallest = (0.5 + EXP2_LINEAR_MEAN) / 8 - 7 if recipe.linear_groups(qkv.head_dim) else -10
     zeros = 0
     for start in reversed(range(0, k.shape[0], K_BLOCK)):
         block = scores[:, start : start + K_BLOCK]
         largest = torch.maximum(maximum, block.amax(1))
         maximum = torch.where(largest - maximum > recipe.rescale_threshold, largest, maximum)
-        p = (block - maximum[:, None] + recipe.p_offset).exp2().clamp_(max=E4M3_MAX)
-        zeros += (p.to(torch.float8_e4m3fn).float() == 0)[:, counted[start : start + K_BLOCK]].sum().item()
+        log2_p = block - maximum[:, None] + recipe.p_offset
+        zeros += (log2_p <= smallest)[:, counted[start : start + K_BLOCK]].sum().item()
     return zeros / (scores.shape[0] * int(counted.sum()))

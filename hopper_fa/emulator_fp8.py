@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from hopper_fa import kernels
 from hopper_fa.emulator import heads_by_kv, key_blocks, positive_log2_scale, rescale
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import E4M3_MAX, K_BLOCK
@@ -75,6 +76,9 @@ def attention_fp8_emulated(
         row_factor = torch.full_like(row_scale, positive_log2_scale(scale))
 
     integer = recipe.qk_dtype == "int8" and not key_vectors
+    linear = recipe.linear_groups(head_dim)
+    is_linear = torch.tensor([kernels.is_linear_group(key // 16, linear) for key in range(K_BLOCK)])
+    is_linear = is_linear.to(q.device)
 
     shape = q.shape[:-1]
     row_max = q.new_full(shape, float("-inf"))
@@ -101,7 +105,7 @@ def attention_fp8_emulated(
             row_max[of_rows], log2_scores, 1.0, recipe.rescale_threshold,
             row_sum[of_rows], out[rows], partial[rows],
         )  # fmt: skip
-        bias = recipe.p_offset - row_max[rows[:-1]][..., None]
+        bias = p_bias = recipe.p_offset - row_max[rows[:-1]][..., None]
         if integer:
             s += MAGIC
             bias = _fused_multiply_add(c, -MAGIC, bias)
@@ -110,6 +114,14 @@ def attention_fp8_emulated(
             p.masked_fill_(hidden, 0.0)
         row_sum[of_rows] += p.sum(-1)
         p = p.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+        if linear:
+            code_bias = _fused_multiply_add(p_bias, 8.0, torch.tensor(56.0 - kernels.EXP2_LINEAR_MEAN).to(c))
+            if integer:
+                code_bias = _fused_multiply_add(8 * c, -MAGIC, code_bias)
+            codes = _e4m3_of_code(_fused_multiply_add(s, 8 * c, code_bias))
+            if hidden is not None:
+                codes.masked_fill_(hidden, 0.0)
+            p = torch.where(is_linear[: p.shape[-1]], codes, p)
         partial[rows] = _product(p, v[..., keys, :], partial[rows], pv_sums)
         # NOTE: counted from key 0, so that a row's flushes do not depend on the rows beside it.
         if interval:
@@ -156,6 +168,14 @@ def attention_dequantized(
         k = torch.cat((k, qkv.key_bias.transpose(1, 2)[..., None]), -1)
     out, lse = attention_reference(q, k, v, scale, causal)
     return out, lse if qkv.lse_shift is None else lse + scale * qkv.lse_shift.double()
+
+
+def _e4m3_of_code(code: torch.Tensor) -> torch.Tensor:
+    """The e4m3 numbers whose codes `code` is rounded to, as float32: see common/exp2_linear.h."""
+    half = code.clamp(min=0.0).half()
+    rounded = (half + 1024.0 - 1024.0).float()
+    codes = rounded.nan_to_num(127.0).to(torch.uint8)  # 127 is NaN
+    return codes.view(torch.float8_e4m3fn).float()
 
 
 def _accumulators(

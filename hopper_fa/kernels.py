@@ -6,6 +6,7 @@ Only this file and quantize_kernels.py touch the compiled module.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,10 @@ FORWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.forward_tiles())
 
 # The same of the backward's table.
 BACKWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.backward_tiles())
+
+# P by its e4m3 code: what is taken off before rounding, and (group, of eight) -> whether the group does it.
+EXP2_LINEAR_MEAN: float = _C.EXP2_LINEAR_MEAN
+is_linear_group = _C.is_linear_group
 
 # 2**r on [-1/2, 1/2] as c0 + c1 r + c2 r**2 + c3 r**3.
 EXP2_POLYNOMIAL: tuple[float, ...] = tuple(_C.exp2_polynomial())
@@ -269,16 +274,20 @@ def backward(
 
 def fp8_variant(recipe: Fp8Recipe, head_dim: int) -> str | None:
     """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
-    interval = recipe.interval(head_dim)
+    interval, linear = recipe.interval(head_dim), recipe.linear_groups(head_dim)
+    variant = None
     if recipe.row_sum == "product" and interval == 1:
-        return "fp8_keys" if recipe.has_key_vectors else "fp8"
-    if recipe.has_key_vectors:
+        variant = "fp8_keys" if recipe.has_key_vectors else "fp8"
+    elif recipe.has_key_vectors:
         return None
-    if recipe.row_sum == "product" and interval > 1 and head_dim > 128:
-        return "fp8_flush"
-    if recipe.row_sum == "fp32" and interval == 0 and recipe.qk_dtype == "e4m3":
-        return "fp8_raw"
-    return None
+    elif recipe.row_sum == "product" and interval > 1 and head_dim > 128:
+        variant = "fp8_flush"
+    elif recipe.row_sum == "fp32" and interval == 0 and recipe.qk_dtype == "e4m3":
+        variant = "fp8_raw"
+    if variant is None or linear == 0:
+        return variant
+    built = replace(recipe, linear_exp2=None).linear_groups(head_dim)
+    return f"{variant}_linear" if linear == built else None
 
 
 def fp8_problem(recipe: Fp8Recipe, head_dim: int) -> str | None:
@@ -287,6 +296,8 @@ def fp8_problem(recipe: Fp8Recipe, head_dim: int) -> str | None:
         return None
     if recipe.has_key_vectors:
         return 'k_granularity="token" and smooth_q only with accumulation=1 and row_sum="product"'
+    if recipe.linear_exp2 and fp8_variant(replace(recipe, linear_exp2=0), head_dim) is not None:
+        return "linear_exp2 only as None or 0, or what None means for the head dim"
     return (
         'only row_sum="product" with accumulation=1, or above head dim 128 more, and row_sum="fp32" with '
         'accumulation=0 and qk_dtype="e4m3"'

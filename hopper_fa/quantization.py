@@ -206,8 +206,8 @@ def from_fp8(
         k, v: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn.
         q_descale, k_descale, v_descale: (batch, heads_kv) float32, any strides, or None for 1. One element
             of q_descale is for all query heads that read the key/value head.
-        recipe: of which only p_offset, rescale_threshold, accumulation and row_sum are free; None means
-            Fp8Recipe.fa3().
+        recipe: of which only linear_exp2, p_offset, rescale_threshold, accumulation and row_sum are free;
+            None means Fp8Recipe.fa3().
 
     Raises:
         ValueError: dtypes, devices or shapes that do not fit, or a recipe that would have to quantise.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/block_range.h"
+#include "common/exp2_linear.h"
 #include "common/exp2_polynomial.h"
 #include "common/query_walk.h"
 #include "common/tile_scheduler.h"
@@ -372,6 +373,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FORWARD_WORKSPACE_INTS") = kForwardWorkspaceInts;
 
   m.def("forward_tiles", &forward_tiles);
+  m.attr("EXP2_LINEAR_MEAN") = kExp2LinearMean;
+  m.def("is_linear_group", &is_linear_group);
   m.def("exp2_polynomial",
         [] { return std::vector<float>(std::begin(kExp2Polynomial), std::end(kExp2Polynomial)); });
 

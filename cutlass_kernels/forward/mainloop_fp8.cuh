@@ -41,9 +41,10 @@ class Fp8Mainloop {
   static constexpr int kHalf = kBlockN / kQKParts;
   static constexpr int kInFlight = kTile.pv_in_flight;
   static constexpr bool kKeyVectors = kTile.key_vectors;
+  static constexpr bool kTurns = kTile.ping_pong != PingPong::kNever;
   static constexpr bool kStoreFromQ = kTile.store == Store::kQStage;
   using Score = typename Traits::Score;
-  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>>;
+  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>, kTile.fma_exp2_octets>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
   using Sums = decltype(make_tensor<float>(Int<Traits::kOutputColumns / 2>{}));
   using P = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));  // 64 x kBlockN
@@ -67,11 +68,8 @@ class Fp8Mainloop {
 
  public:
   __device__ Fp8Mainloop(typename Traits::Arguments const& args, Shared& shared, int warpgroup)
-      : args_(args),
-        shared_(shared),
-        warpgroup_(warpgroup),
-        baton_{warpgroup, kTile.ping_pong == PingPong::kNever ? 1 : args.turn_takers} {
-    baton_.start();
+      : args_(args), shared_(shared), warpgroup_(warpgroup), baton_{warpgroup, args.turn_takers} {
+    if constexpr (kTurns) baton_.start();
   }
 
   // All turns of a tile, and its output.
@@ -89,8 +87,7 @@ class Fp8Mainloop {
     } else {
 #pragma unroll 1
       for (int i = 0; i < skipped; ++i) {
-        baton_.take_immediate();
-        baton_.pass();
+        skip_turn();
         skip_block();
         skip_block();
       }
@@ -101,7 +98,7 @@ class Fp8Mainloop {
         release_output();
         release_q(false);
         affine_ring_.advance();
-        if constexpr (!kTile.overlap) baton_.take_immediate(), baton_.pass();  // as often as below
+        if constexpr (!kTile.overlap) skip_turn();  // as often as below
       }
       store_empty<Traits>(args_, tile);
       return;
@@ -125,9 +122,6 @@ class Fp8Mainloop {
 
  private:
   __device__ __forceinline__ void run_in_order(BlockRange const& range, int row) {
-    // NOTE: four immediate numbers are an indirect branch, which costs less than a register only where P V
-    // has parts.
-    auto const take_turn = [&] { kParts == 1 ? baton_.take() : baton_.take_immediate(); };
     take_turn();
 #pragma unroll 1
     for (int n = range.end - 1; n >= 0; --n) {
@@ -141,7 +135,7 @@ class Fp8Mainloop {
       if constexpr (Traits::kHeadDim == 256) __syncwarp();
       issue_half<0>(s);
       if constexpr (kQKParts == 2) issue_half<1>(s);
-      baton_.pass();
+      pass_turn();
       finish_half<0, kQKParts - 1>(s, best);
       if constexpr (kQKParts == 2) finish_half<1, 0>(s, best);
       if constexpr (kKeyVectors) __syncwarp();  // all lanes have read their keys' vectors
@@ -171,7 +165,7 @@ class Fp8Mainloop {
       release_slot(ring_.slot);
       ring_.advance();
     }
-    baton_.pass();
+    pass_turn();
   }
 
   // passed_by: other rows of the tile see blocks that these do not.
@@ -323,8 +317,13 @@ class Fp8Mainloop {
   template <int kIndex>
   __device__ __forceinline__ void issue_half(Scores& s) {
     auto half = half_of<kIndex>(s);
+    if constexpr (Softmax::kStart != 0) {
+      static_assert(kQKParts == 1);  // no register may be written while a product is in flight
+      CUTE_UNROLL
+      for (int i = 0; i < size(half); ++i) half(i) = static_cast<int32_t>(Softmax::kStart);
+    }
     issue_product(typename Traits::MmaHalfQK{}, q_fragment<Traits>(shared_.q[q_ring_.slot][warpgroup_]),
-                  half_k_fragment<Traits, kIndex>(shared_.kv[ring_.slot]), half, false);
+                  half_k_fragment<Traits, kIndex>(shared_.kv[ring_.slot]), half, Softmax::kStart != 0);
   }
 
   // Waits for it, and follows the maxima.
@@ -363,7 +362,7 @@ class Fp8Mainloop {
     auto&& s = scores_of(products);
     if (args_.negate_scores) {
       CUTE_UNROLL
-      for (int i = 0; i < size(s); ++i) s(i) = -s(i);
+      for (int i = 0; i < size(s); ++i) s(i) = Softmax::negated(s(i));
     }
     int const keys = args_.seqlen_k - n * kBlockN;
     int const diagonal =
@@ -437,6 +436,18 @@ class Fp8Mainloop {
                  : "=f"(scale)
                  : "l"(scales.data + k_scales_ + n * scales.group_stride));
     return scale;
+  }
+
+  // NOTE: four immediate numbers are an indirect branch, which costs less than a register only where P V has
+  // parts.
+  __device__ __forceinline__ void take_turn() const {
+    if constexpr (kTurns) kParts == 1 ? baton_.take() : baton_.take_immediate();
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (kTurns) baton_.pass();
+  }
+  __device__ __forceinline__ void skip_turn() const {
+    if constexpr (kTurns) baton_.take_immediate(), baton_.pass();
   }
 
   __device__ __forceinline__ void wait_block() const {

@@ -1,6 +1,7 @@
 // What the matrix products read: Q, K and V in shared memory, P in registers.
 #pragma once
 
+#include "common/exp2_linear.h"
 #include "forward/traits.cuh"
 
 namespace hopper_fa {
@@ -55,7 +56,22 @@ __device__ __forceinline__ auto ones_fragment(uint8_t const* slot) {
   return thread.make_fragment_B(thread.partition_B(ones));
 }
 
-// A operand of P V: P rounded, from where the accumulator of S has it.
+// Two e4m3 codes, each in a byte of its own half, from what is to be rounded to them: see exp2_linear.h. What
+// is below 0 is 0, and NaN is 0xff.
+// NOTE: half precision has integers from 1024 on, with the code in the low byte.
+__device__ __forceinline__ uint32_t round_codes(float low, float high) {
+  uint32_t halves;
+  asm("{\n"
+      ".reg .b32 t;\n"
+      "cvt.rn.relu.f16x2.f32 t, %2, %1;\n"
+      "add.rn.f16x2 %0, t, %3;\n"
+      "}"
+      : "=r"(halves)
+      : "f"(low), "f"(high), "r"(0x64006400u));
+  return halves;
+}
+
+// A operand of P V: P rounded, from where the accumulator of S has it; of linear groups its codes.
 // NOTE: the FP32 accumulator of S and the 16-bit A operand of P V hold the same elements in the same threads
 // in the same order, so P never leaves its registers. The 8-bit A operand wants four neighbouring keys of a
 // row where the accumulator has two and, 8 keys on, two more: it takes them as they are, and V's keys are
@@ -73,6 +89,13 @@ __device__ __forceinline__ void round_probabilities(Scores const& s, Probabiliti
     CUTE_UNROLL
     for (int j = 0; j < kWidth; ++j)
       values[j] = s(Traits::kFp8 ? i / 8 * 8 + j / 2 * 4 + i / 4 % 2 * 2 + j % 2 : i + j);
+    if constexpr (Traits::kFp8) {
+      if (is_linear_group(i / 8, Traits::kTile.fma_exp2_octets)) {
+        recast<uint32_t>(p)(i / kWidth) =
+            __byte_perm(round_codes(values[0], values[1]), round_codes(values[2], values[3]), 0x6420);
+        continue;
+      }
+    }
     recast<cutlass::Array<Element, kWidth>>(p)(i / kWidth) = round(values);
   }
 }

@@ -454,7 +454,7 @@ def test_from_fp8_checks_its_inputs(seed: int) -> None:
         from_fp8(q, k, v, descale, torch.ones(2, 4))
     with pytest.raises(ValueError, match="v_descale is torch.float64"):
         from_fp8(q, k, v, v_descale=descale.double())
-    free = ("p_offset", "rescale_threshold", "accumulation", "row_sum", "rotation_seed")
+    free = ("linear_exp2", "p_offset", "rescale_threshold", "accumulation", "row_sum", "rotation_seed")
     other = replace(Fp8Recipe.default(), q_granularity="tensor", k_granularity="tensor", smooth_q=True)
     for field in (f.name for f in fields(Fp8Recipe) if f.name not in free):
         recipe = replace(Fp8Recipe.fa3(), **{field: getattr(other, field)})
