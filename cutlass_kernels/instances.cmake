@@ -21,8 +21,6 @@ set(HOPPER_FA_FORWARD_INSTANCES
     "e4m3|256|fp8_raw"
     "e4m3|256|fp8_flush"
     "int8|256|fp8_flush"
-    "e4m3|256|fp8_flush_linear"
-    "int8|256|fp8_flush_linear"
     "e4m3|64|fp8_keys"
     "e4m3|128|fp8_keys"
     "e4m3|256|fp8_keys"

@@ -24,7 +24,7 @@ from hopper_fa.recipe import E4M3_MAX, K_BLOCK
 
 DEFAULT = Fp8Recipe.default()
 # What the grids vary: not every field goes with P by its code.
-EXACT = replace(DEFAULT, linear_exp2=0)
+EXACT = replace(DEFAULT, linear_exp2=False)
 Row = dict[str, object]
 
 
@@ -227,8 +227,10 @@ def e4(sizes: Sizes) -> Iterator[Row]:
 
 
 # (p_offset, rescale_threshold, linear_exp2)
-P_RANGES = ((0, 0, 0), (4, 0, 0), (4, 4, 0), (6, 0, 0), (6, 2.8, 0), (8, 0, 0), (8, 0.8, 0), (8.807, 0, 0))
-P_RANGES += ((6, 2.8, None), (8, 0.8, None))
+P_RANGES = [
+    (x, y, False) for x, y in ((0, 0), (4, 0), (4, 4), (6, 0), (6, 2.8), (8, 0), (8, 0.8), (8.807, 0))
+]
+P_RANGES += [(6, 2.8, True), (8, 0.8, True)]
 
 
 def e5(sizes: Sizes) -> Iterator[Row]:
@@ -256,11 +258,11 @@ def e5(sizes: Sizes) -> Iterator[Row]:
                         linear_exp2=linear,
                     )
                     variant = f"offset {offset:g}, threshold {threshold}"
-                    variant += ", by code" if linear is None else ""
+                    variant += ", by code" if linear else ""
                     row = problem.of_recipe(variant, recipe, replace(qkv, recipe=recipe))
                     row |= {"p_offset": float(offset), "rescale_threshold": float(threshold)}
                     row["zero_share"] = zero_share(qkv, recipe, at)
-                    predictable = excess and threshold == 0 and linear == 0
+                    predictable = excess and threshold == 0 and not linear
                     predicted = p_cast_share(excess, offset) if predictable else None
                     yield row | {"predicted_zero_share": predicted if seen == "first" else None}
 
@@ -273,12 +275,13 @@ def zero_share(qkv: QuantizedQKV, recipe: Fp8Recipe, sinks: slice) -> float:
     counted[sinks] = False
     maximum = scores.new_full(scores.shape[:1], float("-inf"))
     # Half of the smallest number, or of the smallest code.
-    smallest = (0.5 + EXP2_LINEAR_MEAN) / 8 - 7 if recipe.linear_groups(qkv.head_dim) else -10
+    offset, threshold = recipe.p_range(qkv.head_dim)
+    smallest = (0.5 + EXP2_LINEAR_MEAN) / 8 - 7 if recipe.has_linear_exp2(qkv.head_dim) else -10
     zeros = 0
     for start in reversed(range(0, k.shape[0], K_BLOCK)):
         block = scores[:, start : start + K_BLOCK]
         largest = torch.maximum(maximum, block.amax(1))
-        maximum = torch.where(largest - maximum > recipe.rescale_threshold, largest, maximum)
-        log2_p = block - maximum[:, None] + recipe.p_offset
+        maximum = torch.where(largest - maximum > threshold, largest, maximum)
+        log2_p = block - maximum[:, None] + offset
         zeros += (log2_p <= smallest)[:, counted[start : start + K_BLOCK]].sum().item()
     return zeros / (scores.shape[0] * int(counted.sum()))

@@ -76,9 +76,8 @@ def attention_fp8_emulated(
         row_factor = torch.full_like(row_scale, positive_log2_scale(scale))
 
     integer = recipe.qk_dtype == "int8" and not key_vectors
-    linear = recipe.linear_groups(head_dim)
-    is_linear = torch.tensor([kernels.is_linear_group(key // 16, linear) for key in range(K_BLOCK)])
-    is_linear = is_linear.to(q.device)
+    linear = recipe.has_linear_exp2(head_dim)
+    p_offset, rescale_threshold = recipe.p_range(head_dim)
 
     shape = q.shape[:-1]
     row_max = q.new_full(shape, float("-inf"))
@@ -102,26 +101,22 @@ def attention_fp8_emulated(
             log2_scores.masked_fill_(hidden, float("-inf"))
         of_rows = (..., slice(first_row, None))
         rescale(
-            row_max[of_rows], log2_scores, 1.0, recipe.rescale_threshold,
+            row_max[of_rows], log2_scores, 1.0, rescale_threshold,
             row_sum[of_rows], out[rows], partial[rows],
         )  # fmt: skip
-        bias = p_bias = recipe.p_offset - row_max[rows[:-1]][..., None]
+        bias = p_offset - row_max[rows[:-1]][..., None]
+        if linear:  # of P's code in place of its logarithm
+            c = 8 * c
+            bias = _fused_multiply_add(bias, 8.0, bias.new_tensor(56.0 - kernels.EXP2_LINEAR_MEAN))
         if integer:
             s += MAGIC
             bias = _fused_multiply_add(c, -MAGIC, bias)
-        p = _fused_multiply_add(s, c, bias).exp2_()
+        p = _fused_multiply_add(s, c, bias)
+        p = _e4m3_of_code(p) if linear else p.exp2_()
         if hidden is not None:
             p.masked_fill_(hidden, 0.0)
         row_sum[of_rows] += p.sum(-1)
         p = p.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-        if linear:
-            code_bias = _fused_multiply_add(p_bias, 8.0, torch.tensor(56.0 - kernels.EXP2_LINEAR_MEAN).to(c))
-            if integer:
-                code_bias = _fused_multiply_add(8 * c, -MAGIC, code_bias)
-            codes = _e4m3_of_code(_fused_multiply_add(s, 8 * c, code_bias))
-            if hidden is not None:
-                codes.masked_fill_(hidden, 0.0)
-            p = torch.where(is_linear[: p.shape[-1]], codes, p)
         partial[rows] = _product(p, v[..., keys, :], partial[rows], pv_sums)
         # NOTE: counted from key 0, so that a row's flushes do not depend on the rows beside it.
         if interval:
@@ -143,7 +138,7 @@ def attention_fp8_emulated(
         mean = qkv.v_mean.repeat_interleave(group, 1)[:, :, None]
         out = out + mean
     out = out.masked_fill(empty[..., None], 0.0)
-    lse = math.log(2) * (row_max - recipe.p_offset + row_sum.log2())
+    lse = math.log(2) * (row_max - p_offset + row_sum.log2())
     lse = lse.flatten(1, 2)[:, :, : qkv.seqlen_q]
     if qkv.lse_shift is not None:
         lse = lse + scale * qkv.lse_shift

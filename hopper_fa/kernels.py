@@ -34,9 +34,8 @@ FORWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.forward_tiles())
 # The same of the backward's table.
 BACKWARD_TILES: tuple[dict[str, Any], ...] = tuple(_C.backward_tiles())
 
-# P by its e4m3 code: what is taken off before rounding, and (group, of eight) -> whether the group does it.
+# What is taken off P's e4m3 code before rounding (common/exp2_linear.h).
 EXP2_LINEAR_MEAN: float = _C.EXP2_LINEAR_MEAN
-is_linear_group = _C.is_linear_group
 
 # 2**r on [-1/2, 1/2] as c0 + c1 r + c2 r**2 + c3 r**3.
 EXP2_POLYNOMIAL: tuple[float, ...] = tuple(_C.exp2_polynomial())
@@ -274,20 +273,18 @@ def backward(
 
 def fp8_variant(recipe: Fp8Recipe, head_dim: int) -> str | None:
     """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
-    interval, linear = recipe.interval(head_dim), recipe.linear_groups(head_dim)
-    variant = None
+    interval = recipe.interval(head_dim)
+    if recipe.has_linear_exp2(head_dim):
+        return "fp8_linear" if replace(recipe, linear_exp2=None).has_linear_exp2(head_dim) else None
     if recipe.row_sum == "product" and interval == 1:
-        variant = "fp8_keys" if recipe.has_key_vectors else "fp8"
-    elif recipe.has_key_vectors:
+        return "fp8_keys" if recipe.has_key_vectors else "fp8"
+    if recipe.has_key_vectors:
         return None
-    elif recipe.row_sum == "product" and interval > 1 and head_dim > 128:
-        variant = "fp8_flush"
-    elif recipe.row_sum == "fp32" and interval == 0 and recipe.qk_dtype == "e4m3":
-        variant = "fp8_raw"
-    if variant is None or linear == 0:
-        return variant
-    built = replace(recipe, linear_exp2=None).linear_groups(head_dim)
-    return f"{variant}_linear" if linear == built else None
+    if recipe.row_sum == "product" and interval > 1 and head_dim > 128:
+        return "fp8_flush"
+    if recipe.row_sum == "fp32" and interval == 0 and recipe.qk_dtype == "e4m3":
+        return "fp8_raw"
+    return None
 
 
 def fp8_problem(recipe: Fp8Recipe, head_dim: int) -> str | None:
@@ -296,8 +293,8 @@ def fp8_problem(recipe: Fp8Recipe, head_dim: int) -> str | None:
         return None
     if recipe.has_key_vectors:
         return 'k_granularity="token" and smooth_q only with accumulation=1 and row_sum="product"'
-    if recipe.linear_exp2 and fp8_variant(replace(recipe, linear_exp2=0), head_dim) is not None:
-        return "linear_exp2 only as None or 0, or what None means for the head dim"
+    if recipe.linear_exp2 and fp8_variant(replace(recipe, linear_exp2=False), head_dim) is not None:
+        return "linear_exp2 only up to head dim 128, without scales or addends of single keys"
     return (
         'only row_sum="product" with accumulation=1, or above head dim 128 more, and row_sum="fp32" with '
         'accumulation=0 and qk_dtype="e4m3"'
@@ -367,7 +364,7 @@ def forward_fp8(
         k_scale,
         qkv.v_scale.data_ptr(), v_mean.data_ptr(),
         0 if qkv.lse_shift is None else qkv.lse_shift.data_ptr(),
-        qkv.recipe.p_offset, qkv.recipe.rescale_threshold, key_bias,
+        *qkv.recipe.p_range(qkv.head_dim), key_bias,
         interval, 0 if flush is None else flush.data_ptr(),
     )
     # fmt: on

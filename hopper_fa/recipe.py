@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
 K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
 FLUSH_INTERVAL, SMOOTH_FLUSH_INTERVAL = 16, 32  # key blocks, see Fp8Recipe.interval
-# Lazy rescaling: of P, whose largest lies between 2**8 and 2**8.8, see Fp8Recipe.rescale_threshold.
-LAZY_OFFSET, LAZY_THRESHOLD = 8.0, 0.8
-LINEAR_GROUPS, FLUSH_LINEAR_GROUPS = 8, 4  # of 8, see Fp8Recipe.linear_groups
+# Offset and threshold of lazy rescaling, with exact exponentials and without: see Fp8Recipe.p_range.
+LAZY_RANGE, LINEAR_RANGE = (6.0, 2.8), (8.0, 0.8)
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 
@@ -51,14 +50,15 @@ class Fp8Recipe:
             `token_stats.sampled_tokens`), so that K and V are read once and not twice. Smoothing is exact
             with any vector. A channel of V whose other tokens exceed what its scale leaves room for gets the
             scale of its true maximum, and is read again. Where channels of V share a scale, all tokens count.
-        linear_exp2: of every 8 groups of 16 keys of a key block, spread evenly, how many take P not by exp2
-            but by its e4m3 code, which is linear in the exponent between powers of two (Schraudolph 1999,
-            cutlass_kernels/common/exp2_linear.h): P is off by up to 4.1% more than its rounding, and below
-            2**-6 falls to 0 twice to eight times as early. None: as the fastest kernel, see `linear_groups`.
-        p_offset: P is exp2(score - maximum + p_offset): the higher, the fewer small P become 0.
+        linear_exp2: P not by exp2 and rounding but by its e4m3 code, which is linear in the exponent between
+            powers of two (Schraudolph 1999, cutlass_kernels/common/exp2_linear.h): another -3.9 to 2.0% of
+            error in P, and what is below 2**-6.9 is 0, where it is below 2**-10 otherwise. None: where that
+            is the faster kernel, see `has_linear_exp2`.
+        p_offset: P is exp2(score - maximum + p_offset): the higher, the fewer small P become 0. None, with
+            rescale_threshold: as `p_range` says.
         rescale_threshold: growth of the row maximum, in log2, that the output is not yet rescaled for; 0
             rescales at every growth. The higher, the more blocks the kernel needs no row's maximum of.
-            p_offset + rescale_threshold must not exceed log2(448) = 8.807.
+            p_offset + rescale_threshold must not exceed log2(448) = 8.807. None: as p_offset.
         accumulation: the tensor core adds with 13 fraction bits and cuts the rest off. Every `accumulation`
             key blocks of K_BLOCK, counted from key 0, its sum is moved to float32 and starts again from zero,
             row sums as a product in every block; 0: never. None: as the fastest kernel, see `interval`.
@@ -81,9 +81,9 @@ class Fp8Recipe:
     smooth_v: bool = False
     compensate_v: bool = False
     sample_stats: bool = False
-    linear_exp2: int | None = 0
-    p_offset: float = 8.0
-    rescale_threshold: float = 0.0
+    linear_exp2: bool | None = False
+    p_offset: float | None = 8.0
+    rescale_threshold: float | None = 0.0
     accumulation: int | None = None
     row_sum: str = "product"
 
@@ -104,13 +104,18 @@ class Fp8Recipe:
                 f"accumulation is {self.accumulation!r}; it must be a number of key blocks, 0 for never, or "
                 "None for the kernel's own; pass an int that is not negative, or None."
             )
-        if self.linear_exp2 is not None and (
-            type(self.linear_exp2) is not int or not 0 <= self.linear_exp2 <= 8
-        ):
+        if self.linear_exp2 is not None and type(self.linear_exp2) is not bool:
             raise ValueError(
-                f"linear_exp2 is {self.linear_exp2!r}; it must be a number of groups of 8, or None for the "
-                "kernel's own; pass an int from 0 to 8, or None."
+                f"linear_exp2 is {self.linear_exp2!r}; it must be a bool, or None for the kernel's own; pass "
+                "one of them."
             )
+        if (self.p_offset is None) != (self.rescale_threshold is None):
+            raise ValueError(
+                f"p_offset is {self.p_offset} and rescale_threshold {self.rescale_threshold}; one is None "
+                "without the other; pass both or neither."
+            )
+        if self.p_offset is None or self.rescale_threshold is None:
+            return
         for name in ("p_offset", "rescale_threshold"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0; raise it.")
@@ -165,20 +170,25 @@ class Fp8Recipe:
             return 1
         return SMOOTH_FLUSH_INTERVAL if self.smooth_v else FLUSH_INTERVAL
 
-    def linear_groups(self, head_dim: int) -> int:
-        """`linear_exp2`; where that is None LINEAR_GROUPS, or FLUSH_LINEAR_GROUPS above head dim 128.
+    def has_linear_exp2(self, head_dim: int) -> bool:
+        """`linear_exp2`; where that is None, whether a kernel has it and is faster so.
 
-        There tensor cores bind and more groups gain nothing. 0 where no kernel takes any: every key has a
-        scale or an addend, row sums of unrounded P, or another `interval` than the fastest kernel's.
+        That is up to head dim 128, where two levels are in every block and no key has a scale or an addend.
+        Above, the tensor cores bind.
         """
         if self.linear_exp2 is not None:
             return self.linear_exp2
-        interval = self.interval(head_dim)
-        if self.has_key_vectors or self.row_sum != "product":
-            return 0
-        if head_dim <= 128:
-            return LINEAR_GROUPS if interval == 1 else 0
-        return FLUSH_LINEAR_GROUPS if interval > 1 else 0
+        in_registers = head_dim <= 128 and self.interval(head_dim) == 1
+        return in_registers and self.row_sum == "product" and not self.has_key_vectors
+
+    def p_range(self, head_dim: int) -> tuple[float, float]:
+        """`p_offset` and `rescale_threshold`; where they are None LAZY_RANGE, or LINEAR_RANGE.
+
+        The second by `has_linear_exp2`, where small P need the room more.
+        """
+        if self.p_offset is None or self.rescale_threshold is None:
+            return LINEAR_RANGE if self.has_linear_exp2(head_dim) else LAZY_RANGE
+        return self.p_offset, self.rescale_threshold
 
     @property
     def leaks_future(self) -> bool:
@@ -210,7 +220,7 @@ class Fp8Recipe:
     def default(cls) -> "Fp8Recipe":
         """int8 Q and K with a scale a block, e4m3 V with one a channel, rotation, smoothing, two levels.
 
-        P by its code, which is a tenth faster and has a tenth more error (docs/fp8.md).
+        Up to head dim 128 P by its code, which is a tenth faster and has a tenth more error (docs/fp8.md).
 
         int8, because e4m3 Q and K alone exceed the error this preset allows itself on outliers
         (docs/notes/fp8_log.md).
@@ -223,8 +233,8 @@ class Fp8Recipe:
             compensate_v=True,
             sample_stats=True,
             linear_exp2=None,
-            p_offset=LAZY_OFFSET,
-            rescale_threshold=LAZY_THRESHOLD,
+            p_offset=None,
+            rescale_threshold=None,
         )
 
     @classmethod
@@ -237,7 +247,7 @@ class Fp8Recipe:
             cls.default(),
             q_granularity="token",
             sample_stats=False,
-            linear_exp2=0,
+            linear_exp2=False,
             p_offset=8.0,
             rescale_threshold=0.0,
         )
@@ -256,8 +266,8 @@ class Fp8Recipe:
             v_granularity="none",
             rotation="hadamard",
             linear_exp2=None,
-            p_offset=LAZY_OFFSET,
-            rescale_threshold=LAZY_THRESHOLD,
+            p_offset=None,
+            rescale_threshold=None,
         )
 
     @classmethod

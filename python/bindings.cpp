@@ -374,7 +374,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("forward_tiles", &forward_tiles);
   m.attr("EXP2_LINEAR_MEAN") = kExp2LinearMean;
-  m.def("is_linear_group", &is_linear_group);
   m.def("exp2_polynomial",
         [] { return std::vector<float>(std::begin(kExp2Polynomial), std::end(kExp2Polynomial)); });
 

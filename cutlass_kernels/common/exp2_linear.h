@@ -10,9 +10,4 @@ namespace hopper_fa {
 // Taken off before rounding, so that the mean is right: 8 log2 of the mean of (1 + f) / 2^f, 1.04069.
 constexpr float kExp2LinearMean = 0.46f;
 
-// Whether keys [16 group, 16 group + 16) of a block take it, where `of_eight` of every 8 groups do.
-constexpr bool is_linear_group(int group, int of_eight) {
-  return (group + 1) * of_eight / 8 != group * of_eight / 8;
-}
-
 }  // namespace hopper_fa

@@ -14,10 +14,10 @@ namespace hopper_fa {
 constexpr float kNoMaximum = -0x1p120f;
 
 // Score: int32_t of int8 products, or float of e4m3's.
-// kLinearGroups: of every 8 groups of 16 keys, how many take P by exp2_linear.h.
+// kLinear: P by its code, exp2_linear.h.
 //
 // NOTE: maxima are of integers in both: see max_bits.
-template <class Score, int kLinearGroups>
+template <class Score, bool kLinear>
 struct QuantizedSoftmax {
   static constexpr bool kInteger = std::is_same_v<Score, int32_t>;
   // Added to the integer S the bits of kMagic give the bits of S + kMagic, for |S| < 2^22.
@@ -26,7 +26,7 @@ struct QuantizedSoftmax {
   // What the tensor core's integer sums start from. The bits of kMagic cost an instruction each as adding
   // them afterwards does, but nothing waits for it. NOTE: not everywhere, as with Q K in halves of the keys
   // ptxas waits for the first before the second.
-  static constexpr uint32_t kStart = kInteger && kLinearGroups > 0 ? kMagicBits : 0;
+  static constexpr uint32_t kStart = kInteger && kLinear ? kMagicBits : 0;
 
   float row_max[2] = {kNoMaximum, kNoMaximum};  // that P is relative to, in log2 units of scaled scores
   float row_scale[2];                           // dequantisation of Q, times softmax_scale * log2(e)
@@ -47,7 +47,7 @@ struct QuantizedSoftmax {
   }
 
   // Scores in, P = exp2(S row_scale block_scale - row_max + p_offset) out, without row_scale if not kRowScale
-  // (block_scale is positive then); of linear groups its e4m3 code, not rounded yet. row_max follows the
+  // (block_scale is positive then); if kLinear its e4m3 code, not rounded yet. row_max follows the
   // rows' maxima once they outgrow it by more than `threshold`, so P never exceeds 2^(p_offset + threshold).
   // The output so far must be multiplied by alpha before this P's product is added; false: it is 1 in all
   // rows of the warp. row_sum: if kSum, what the unrounded P of this thread's columns add up to.
@@ -81,26 +81,20 @@ struct QuantizedSoftmax {
         if constexpr (kSum) row_sum[r] *= alpha[r];
       }
     }
-    float bias[2], code_scale[2], code_bias[2];
+    float bias[2];
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
       bias[r] = p_offset - row_max[r];
-      code_scale[r] = 8.f * scale[r];
-      code_bias[r] = fmaf(bias[r], 8.f, 56.f - kExp2LinearMean);
+      if constexpr (kLinear) scale[r] *= 8.f, bias[r] = fmaf(bias[r], 8.f, 56.f - kExp2LinearMean);
       // NOTE: rounding this sum moves all scores of a row and block by at most one in the integers' last
       // place together.
-      if (kInteger) {
-        bias[r] = fmaf(-kMagic, scale[r], bias[r]);
-        code_bias[r] = fmaf(-kMagic, code_scale[r], code_bias[r]);
-      }
+      if (kInteger) bias[r] = fmaf(-kMagic, scale[r], bias[r]);
     }
     CUTE_UNROLL
     for (int i = 0; i < decltype(cute::size(s))::value; ++i) {
       int const r = (i >> 1) & 1;
-      if (is_linear_group(i / 8, kLinearGroups))
-        p(i) = fmaf(as_float(s(i)), code_scale[r], code_bias[r]);
-      else
-        p(i) = exp2_sfu(fmaf(as_float(s(i)), scale[r], bias[r]));
+      p(i) = fmaf(as_float(s(i)), scale[r], bias[r]);
+      if constexpr (!kLinear) p(i) = exp2_sfu(p(i));
       if constexpr (kSum) row_sum[r] += p(i);
     }
     return any_outgrown;

@@ -14,19 +14,18 @@ enum class PingPong { kNever, kAfterQK, kAfterPV };
 enum class Store { kPlain, kQStage, kPlace };
 
 struct ForwardTile {
-  char const* variant;     // users run "default" and, with 8-bit inputs, those that begin with fp8
-  int head_dim;            // largest head dim the instance takes; smaller ones are zero-padded by the loads
-  int block_m;             // query rows a CTA tile; 64 a consumer warpgroup
-  int block_n;             // keys a step
-  int q_stages;            // tiles whose Q is in shared memory; 2: the next one loads beside this one
-  int kv_stages;           // K or V blocks in flight (one ring holds both)
-  int producer_registers;  // setmaxnreg of the loading warpgroup; 0: no warp specialisation
-  int consumer_registers;  // setmaxnreg of the computing warpgroups
-  PingPong ping_pong;      // when a warpgroup's turn on the tensor cores ends
-  bool overlap;            // QK of the next block is issued before PV of this one
-  // Of every 8 column octets, how many compute exp2 on the FP32 pipe; 8-bit: of every 8 groups of 16 keys,
-  // how many take P by its code (exp2_linear.h).
-  int fma_exp2_octets;
+  char const* variant;      // users run "default" and, with 8-bit inputs, those that begin with fp8
+  int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
+  int block_m;              // query rows a CTA tile; 64 a consumer warpgroup
+  int block_n;              // keys a step
+  int q_stages;             // tiles whose Q is in shared memory; 2: the next one loads beside this one
+  int kv_stages;            // K or V blocks in flight (one ring holds both)
+  int producer_registers;   // setmaxnreg of the loading warpgroup; 0: no warp specialisation
+  int consumer_registers;   // setmaxnreg of the computing warpgroups
+  PingPong ping_pong;       // when a warpgroup's turn on the tensor cores ends
+  bool overlap;             // QK of the next block is issued before PV of this one
+  int fma_exp2_octets;      // of 8 column octets, how many have exp2 on the FP32 pipe; 8-bit: 0, or 8: by P's
+                            // code
   float rescale_threshold;  // 16-bit only: log2 growth of the row maximum that O is not yet rescaled for
   int element_bytes = 2;    // of Q, K and V
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its
@@ -60,8 +59,6 @@ constexpr ForwardTile kForwardTiles[] = {
     // O moves to FP32 sums in global memory; last column: flush.
     {"fp8_flush", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 0, 0.0f, 1, 0, Store::kQStage, 1, 1,
      false, true},
-    {"fp8_flush_linear", 256, 128, 128, 2, 4, 24, 240, PingPong::kNever, true, 4, 0.0f, 1, 0, Store::kQStage,
-     1, 1, false, true},
     // 8-bit inputs whose keys have a scale and a bias each.
     {"fp8_keys", 64, 192, 128, 2, 12, 32, 160, PingPong::kAfterPV, false, 0, 0.0f, 1, 1, Store::kPlain, 1, 2,
      true},

@@ -44,7 +44,7 @@ class Fp8Mainloop {
   static constexpr bool kTurns = kTile.ping_pong != PingPong::kNever;
   static constexpr bool kStoreFromQ = kTile.store == Store::kQStage;
   using Score = typename Traits::Score;
-  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>, kTile.fma_exp2_octets>;
+  using Softmax = QuantizedSoftmax<std::conditional_t<kKeyVectors, float, Score>, Traits::kLinearExp2>;
   using Scores = decltype(make_tensor<Score>(Int<kBlockN / 2>{}));
   using Sums = decltype(make_tensor<float>(Int<Traits::kOutputColumns / 2>{}));
   using P = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));  // 64 x kBlockN

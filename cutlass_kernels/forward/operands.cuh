@@ -1,7 +1,6 @@
 // What the matrix products read: Q, K and V in shared memory, P in registers.
 #pragma once
 
-#include "common/exp2_linear.h"
 #include "forward/traits.cuh"
 
 namespace hopper_fa {
@@ -56,8 +55,8 @@ __device__ __forceinline__ auto ones_fragment(uint8_t const* slot) {
   return thread.make_fragment_B(thread.partition_B(ones));
 }
 
-// Two e4m3 codes, each in a byte of its own half, from what is to be rounded to them: see exp2_linear.h. What
-// is below 0 is 0, and NaN is 0xff.
+// Two e4m3 codes, each in a byte of its own half, from what is to be rounded to them (exp2_linear.h). What is
+// below 0 is 0, and NaN is 0xff.
 // NOTE: half precision has integers from 1024 on, with the code in the low byte.
 __device__ __forceinline__ uint32_t round_codes(float low, float high) {
   uint32_t halves;
@@ -71,7 +70,8 @@ __device__ __forceinline__ uint32_t round_codes(float low, float high) {
   return halves;
 }
 
-// A operand of P V: P rounded, from where the accumulator of S has it; of linear groups its codes.
+// A operand of P V: P rounded, from where the accumulator of S has it, or the number that its code is
+// rounded from.
 // NOTE: the FP32 accumulator of S and the 16-bit A operand of P V hold the same elements in the same threads
 // in the same order, so P never leaves its registers. The 8-bit A operand wants four neighbouring keys of a
 // row where the accumulator has two and, 8 keys on, two more: it takes them as they are, and V's keys are
@@ -89,14 +89,11 @@ __device__ __forceinline__ void round_probabilities(Scores const& s, Probabiliti
     CUTE_UNROLL
     for (int j = 0; j < kWidth; ++j)
       values[j] = s(Traits::kFp8 ? i / 8 * 8 + j / 2 * 4 + i / 4 % 2 * 2 + j % 2 : i + j);
-    if constexpr (Traits::kFp8) {
-      if (is_linear_group(i / 8, Traits::kTile.fma_exp2_octets)) {
-        recast<uint32_t>(p)(i / kWidth) =
-            __byte_perm(round_codes(values[0], values[1]), round_codes(values[2], values[3]), 0x6420);
-        continue;
-      }
-    }
-    recast<cutlass::Array<Element, kWidth>>(p)(i / kWidth) = round(values);
+    if constexpr (Traits::kLinearExp2)
+      recast<uint32_t>(p)(i / kWidth) =
+          __byte_perm(round_codes(values[0], values[1]), round_codes(values[2], values[3]), 0x6420);
+    else
+      recast<cutlass::Array<Element, kWidth>>(p)(i / kWidth) = round(values);
   }
 }
 

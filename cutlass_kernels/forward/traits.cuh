@@ -65,6 +65,7 @@ struct ForwardTraits {
   static constexpr int kStages = kTile.kv_stages;
   static constexpr int kWarpgroups = kTile.block_m / 64;
   static constexpr bool kSpecialised = kTile.producer_registers > 0;
+  static constexpr bool kLinearExp2 = kFp8 && kTile.fma_exp2_octets == 8;  // P by its code
   static constexpr int kThreads = 128 * (kWarpgroups + (kSpecialised ? 1 : 0));
 
   static_assert(kTile.element_bytes == sizeof(Element));
@@ -72,6 +73,8 @@ struct ForwardTraits {
   static_assert(kStages >= 3);             // K of the next block, V of this one, and one to load
   static_assert(!kFp8 || kBlockN == 128);  // a row of transposed V is one swizzle atom wide
   static_assert(kFp8 || kTile.pv_parts == 0);
+  static_assert(!kFp8 || kLinearExp2 || kTile.fma_exp2_octets == 0);
+  static_assert(!kLinearExp2 || kTile.pv_parts > 0);  // row sums of the rounded P
   static_assert(!kTile.overlap || kTile.pv_parts <= 1);
   static_assert(!kTile.key_vectors || kTile.pv_parts > 0);
   static_assert(!kFp8 || !kTile.overlap || (kTile.pv_parts == 0 && kTile.qk_parts == 1));

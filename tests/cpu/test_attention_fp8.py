@@ -90,22 +90,26 @@ def test_variants_by_head_dim() -> None:
     recipe = Fp8Recipe.default()
     for head_dim, interval, variant in ((64, 1, "fp8"), (128, 1, "fp8"), (136, 32, "fp8_flush")):
         assert recipe.interval(head_dim) == interval
-        assert kernels.fp8_variant(recipe, head_dim) == f"{variant}_linear"
+        fastest = "fp8_linear" if head_dim <= 128 else variant
+        assert kernels.fp8_variant(recipe, head_dim) == fastest
         assert kernels.fp8_problem(recipe, head_dim) is None
-        # The table's kernel takes as many groups as the recipe says.
-        groups = kernels.forward_tile(head_dim, f"{variant}_linear")["fma_exp2_octets"]
-        assert recipe.linear_groups(head_dim) == groups
-        assert kernels.fp8_variant(replace(recipe, linear_exp2=groups), head_dim) == f"{variant}_linear"
-        assert kernels.fp8_variant(replace(recipe, linear_exp2=0), head_dim) == variant
-        assert kernels.forward_tile(head_dim, variant)["fma_exp2_octets"] == 0
-        assert "linear_exp2" in kernels.fp8_problem(replace(recipe, linear_exp2=groups - 1), head_dim)
+        assert recipe.has_linear_exp2(head_dim) == (head_dim <= 128)
+        assert recipe.p_range(head_dim) == ((8.0, 0.8) if head_dim <= 128 else (6.0, 2.8))
+        exact = replace(recipe, linear_exp2=False)
+        assert kernels.fp8_variant(exact, head_dim) == variant and exact.p_range(head_dim) == (6.0, 2.8)
+        linear = replace(recipe, linear_exp2=True)
+        assert kernels.fp8_variant(linear, head_dim) == ("fp8_linear" if head_dim <= 128 else None)
+        assert head_dim <= 128 or "linear_exp2" in kernels.fp8_problem(linear, head_dim)
+    for row in kernels.FORWARD_TILES:
+        if row["element_bytes"] == 1:
+            assert row["fma_exp2_octets"] == (8 if row["variant"] == "fp8_linear" else 0)
     assert replace(recipe, smooth_v=False).interval(136) == 16
     assert kernels.fp8_variant(replace(recipe, accumulation=1), 256) == "fp8"
-    assert kernels.fp8_variant(replace(recipe, accumulation=5), 256) == "fp8_flush_linear"
+    assert kernels.fp8_variant(replace(recipe, accumulation=5), 256) == "fp8_flush"
     assert kernels.fp8_variant(Fp8Recipe.accurate(), 256) == "fp8_flush"
     assert kernels.fp8_variant(Fp8Recipe.fa3(), 256) == "fp8_raw"
     assert replace(recipe, k_granularity="token").interval(256) == 1
-    for head_dim, variant in ((64, "fp8_linear"), (128, "fp8_linear"), (256, "fp8_flush_linear")):
+    for head_dim, variant in ((64, "fp8_linear"), (128, "fp8_linear"), (256, "fp8_flush")):
         assert kernels.fp8_variant(Fp8Recipe.causal_safe(), head_dim) == variant
     tile = kernels.forward_tile(256, "fp8_flush")
     assert tile["flush_floats"] == 64 * 256 * tile["consumer_warpgroups"]

@@ -24,7 +24,7 @@ UNUSUAL = Fp8Recipe(
 )  # fmt: skip
 SMOOTH_Q = replace(UNUSUAL, k_granularity="block", qk_dtype="int8")
 RECIPES = FP8_PRESETS | {"unusual": UNUSUAL, "smooth_q": SMOOTH_Q}
-RECIPES["mixed"] = replace(Fp8Recipe.default(), linear_exp2=3)
+RECIPES["exact_p"] = replace(Fp8Recipe.default(), linear_exp2=False)
 CASES = [
     Case(seqlen_q=70, seqlen_k=300, head_dim=8),
     Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=130, seqlen_k=150, head_dim=40, causal=True),
@@ -127,8 +127,8 @@ def assert_kernel_error_only(
     spread = replace(qkv, v=qkv.v.float().abs().to(qkv.v.dtype), v_mean=None)
     size, _ = attention_dequantized(spread, softmax_scale, causal)  # sum of P |V|
     largest = (qkv.v_codes().float() * qkv.v_scale[:, None]).abs().amax() if qkv.seqlen_k else 0.0
-    linear = qkv.recipe.linear_groups(qkv.head_dim) > 0
-    underflow = qkv.seqlen_k * 2.0 ** ((-7 if linear else -10) - qkv.recipe.p_offset)
+    linear, (p_offset, _) = qkv.recipe.has_linear_exp2(qkv.head_dim), qkv.recipe.p_range(qkv.head_dim)
+    underflow = qkv.seqlen_k * 2.0 ** ((-7 if linear else -10) - p_offset)
     of_p = 2**-4 + (0.04 if linear else 0.0)
     allowed = (2 * of_p + 0.01) * size + 2 * underflow * largest + want.abs() * 2**-8 + 1e-6
     assert out.isfinite().all()
@@ -151,8 +151,6 @@ def test_p_by_its_code() -> None:
     assert torch.equal(values, torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
     assert (_e4m3_of_code(torch.tensor([0.5, -0.0, -3.0, -1e30, float("-inf")])) == 0).all()
     assert _e4m3_of_code(torch.tensor([float("nan")])).isnan().all()
-    for of_eight in range(9):
-        assert sum(kernels.is_linear_group(group, of_eight) for group in range(8)) == of_eight
     powers = torch.arange(-6, 9)
     assert torch.equal(_e4m3_of_code(8.0 * (powers + 7) - kernels.EXP2_LINEAR_MEAN), powers.float().exp2())
 

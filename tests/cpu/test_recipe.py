@@ -21,7 +21,7 @@ def test_presets_say_what_they_leak() -> None:
         for value in values:
             assert replace(safe, **{field: value}).leaks_future
     same = replace(
-        safe, rotation="none", linear_exp2=3, p_offset=4.0, rescale_threshold=4.0, accumulation=0,
+        safe, rotation="none", linear_exp2=True, p_offset=4.0, rescale_threshold=4.0, accumulation=0,
         row_sum="fp32",
     )  # fmt: skip
     assert not same.leaks_future
@@ -42,9 +42,10 @@ def test_presets_say_what_they_leak() -> None:
         ("k_granularity", "channel"),
         ("accumulation", -1),
         ("accumulation", 1.0),
-        ("linear_exp2", 9),
-        ("linear_exp2", -1),
-        ("linear_exp2", 4.0),
+        ("linear_exp2", 8),
+        ("linear_exp2", "fast"),
+        ("p_offset", None),
+        ("rescale_threshold", None),
         ("p_offset", 9.0),
         ("p_offset", -1.0),
         ("p_offset", float("nan")),
