@@ -144,6 +144,7 @@ ORDERED_BY_BARRIERS = [
     # V's scales and means. Their slot is filled again after Q of the next tile was released, which every warp
     # does after it has read them.
     {"SM90_BULK_COPY_G2S::copy", "load_shared_pair"},
+    {"SM90_BULK_COPY_G2S::copy", "load_affine"},  # the same, where it was inlined
 ]
 
 
