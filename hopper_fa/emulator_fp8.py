@@ -18,6 +18,9 @@ from hopper_fa.tensor_core import HOPPER, Accumulator
 # The kernel turns an integer score into a float by its bits, which adds this, and takes it off in the bias.
 MAGIC = 1.5 * 2**23
 
+# What the kernel adds to eight times the logarithm of P for its e4m3 code, in float32.
+CODE_OF_ONE = torch.tensor(56.0 - kernels.EXP2_LINEAR_MEAN).item()
+
 ACCUMULATORS = ("auto", "tensor_core", "fp32")
 
 
@@ -107,7 +110,7 @@ def attention_fp8_emulated(
         bias = p_offset - row_max[rows[:-1]][..., None]
         if linear:  # of P's code in place of its logarithm
             c = 8 * c
-            bias = _fused_multiply_add(bias, 8.0, bias.new_tensor(56.0 - kernels.EXP2_LINEAR_MEAN))
+            bias = _fused_multiply_add(bias, 8.0, CODE_OF_ONE)
         if integer:
             s += MAGIC
             bias = _fused_multiply_add(c, -MAGIC, bias)
@@ -200,6 +203,6 @@ def _product(
     return sums.matmul_add(a, b, start)
 
 
-def _fused_multiply_add(a: torch.Tensor, b: torch.Tensor | float, c: torch.Tensor) -> torch.Tensor:
+def _fused_multiply_add(a: torch.Tensor, b: torch.Tensor | float, c: torch.Tensor | float) -> torch.Tensor:
     """a * b + c of float32 in one rounding; b and c may have to be broadcast."""
     return a.double().mul_(b).add_(c).float()

@@ -275,7 +275,7 @@ def fp8_variant(recipe: Fp8Recipe, head_dim: int) -> str | None:
     """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
     interval = recipe.interval(head_dim)
     if recipe.has_linear_exp2(head_dim):
-        return "fp8_linear" if replace(recipe, linear_exp2=None).has_linear_exp2(head_dim) else None
+        return "fp8_linear" if recipe.takes_linear_exp2(head_dim) else None
     if recipe.row_sum == "product" and interval == 1:
         return "fp8_keys" if recipe.has_key_vectors else "fp8"
     if recipe.has_key_vectors:

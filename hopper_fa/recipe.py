@@ -171,13 +171,15 @@ class Fp8Recipe:
         return SMOOTH_FLUSH_INTERVAL if self.smooth_v else FLUSH_INTERVAL
 
     def has_linear_exp2(self, head_dim: int) -> bool:
-        """`linear_exp2`; where that is None, whether a kernel has it and is faster so.
+        """`linear_exp2`; where that is None `takes_linear_exp2`."""
+        return self.takes_linear_exp2(head_dim) if self.linear_exp2 is None else self.linear_exp2
+
+    def takes_linear_exp2(self, head_dim: int) -> bool:
+        """Whether there is a kernel with P by its code, whatever `linear_exp2` asks for.
 
         That is up to head dim 128, where two levels are in every block and no key has a scale or an addend.
         Above, the tensor cores bind.
         """
-        if self.linear_exp2 is not None:
-            return self.linear_exp2
         in_registers = head_dim <= 128 and self.interval(head_dim) == 1
         return in_registers and self.row_sum == "product" and not self.has_key_vectors
 
