@@ -347,6 +347,8 @@ void bind_quantize(py::module_& m) {
   m.def("hadamard_norm", &hadamard_norm);
   m.def("v_tile_groups", &v_tile_groups);
   m.def("v_slot", &v_slot);
+  m.def("row_slot", &row_slot);
+  m.def("token_slot", &token_slot);
   m.def("code_slot", &code_slot);
   m.def("quantize_tile", [](int index, int heads, int blocks) {
     QuantizeTile const t = make_quantize_tiles(heads, blocks).get(index);

@@ -66,42 +66,35 @@ struct ChunkTree {
 };
 
 struct FinishVShared {
-  uint4 codes[ChunkPart<kVSlice>::kChunks][kVSlice * 8];
-  VChannel channels[kVSlice];
+  VWarp warps[kVThreads / 32];
   float of_warps[kVThreads / 32][32];
 };
 
-// Rounds `channels` channels of a head from first_channel on with scales for what the sample's had no room
-// for. outgrown: of this thread's channel, 0 where it was not.
+// Rounds `channels` channels of a head from first_channel on, with scales for what the sample's had no room
+// for, each warp another chunk. outgrown: of this lane's channel, 0 where it was not.
 template <DType kIn>
-__device__ __forceinline__ void round_slice(QuantizeVArguments const& args, QuantizeTile const& tile,
+__device__ __forceinline__ void round_slice(QuantizeVArguments const& args, int batch, int head,
                                             int first_channel, int channels, uint32_t outgrown,
-                                            FinishVShared& shared) {
-  int64_t const head_channels =
-      static_cast<int64_t>(tile.batch * args.heads + tile.head) * args.head_dim + first_channel;
-  if (threadIdx.x < kVSlice) {
-    int const c = min_int(threadIdx.x, channels - 1);
-    float const amax = __uint_as_float(outgrown ? outgrown : args.amax[head_channels + c]);
-    Scale const scale = scale_of_v(amax, outgrown == 0);
-    if (outgrown) args.scale[head_channels + c] = scale.scale;
-    shared.channels[threadIdx.x] = {args.mean ? args.mean[head_channels + c] : 0.f, scale.inverse};
-  }
-  __syncthreads();
+                                            VWarp& shared) {
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int64_t const at = (static_cast<int64_t>(batch) * args.heads + head) * args.head_dim + first_channel +
+                     min_int(lane, channels - 1);
+  float const amax = __uint_as_float(outgrown ? outgrown : args.amax[at]);
+  VScale const scale = scale_of_v(amax, outgrown == 0);
+  if (warp == 0 && outgrown) args.scale[at] = scale.scale;
+  shared.channels[lane] = {args.mean ? args.mean[at] : 0.f, scale.inverse};
+  __syncwarp();
 
-  ChunkPart<kVSlice> const part;
-  for (int first = 0; first < args.chunks; first += part.kChunks) {
-    int const chunk = first + part.chunk;
-    auto loads = load_chunk<3>(args, part, tile, chunk, first_channel);
-    auto const round = [&](auto sums) {
-      round_chunk<kIn, sums.value, false>(args, part, loads, shared.channels, shared.codes[part.chunk], tile,
-                                          chunk, first_channel);
-    };
-    args.errors ? round(std::true_type{}) : round(std::false_type{});
-    __syncthreads();
-    constexpr int kGroups = kStatsChunk / kKeyGroup * part.kChunks;
-    store_codes<kVSlice, kGroups>(args, tile, shared.codes, tile_columns(args.head_dim), first_channel,
-                                  channels, first * (kStatsChunk / kKeyGroup));
-    __syncthreads();
+  for (int chunk = warp; chunk < args.chunks; chunk += kVThreads / 32) {
+    VPart const part = {batch, head, chunk, first_channel};
+    auto loads = part.loads<3>(args);
+    if (args.errors)
+      round_chunk<kIn, true, false>(args, part, loads, shared);
+    else
+      round_chunk<kIn, false, false>(args, part, loads, shared);
+    __syncwarp();
+    store_codes(args, part, tile_columns(args.head_dim), channels, shared);
+    __syncwarp();
   }
 }
 
@@ -128,13 +121,14 @@ __global__ void __launch_bounds__(kVThreads)
   };
   // NOTE: sums that go through memory are rounded anew with their slice, if it is.
   // NOTE: all of these are under way before it is known whether there is something to round.
-  uint32_t const outgrown =
-      args.outgrown && threadIdx.x < channels ? args.outgrown[head_channels + threadIdx.x] : 0;
+  uint32_t const outgrown = args.outgrown && exists ? args.outgrown[at] : 0;
   float part = part_of_errors(), scale = args.scale[at];
   float const mean = args.mean ? args.mean[at] : 0.f;
-  if (__syncthreads_or(outgrown != 0)) {
-    QuantizeTile const tile = {0, head_batch % args.heads, head_batch / args.heads};
-    round_slice<kIn>(args, tile, first_channel, channels, outgrown, shared);
+  if (__any_sync(~0u, outgrown != 0)) {  // the same in all warps
+    __syncthreads();                     // all have read what is written now
+    round_slice<kIn>(args, head_batch / args.heads, head_batch % args.heads, first_channel, channels,
+                     outgrown, shared.warps[warp]);
+    __syncthreads();
     part = part_of_errors(), scale = args.scale[at];
   }
   if (!args.errors) return;

@@ -36,6 +36,11 @@ Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, 
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::kOk : Status::kLaunchError;
 }
 
+// Of a head's tiles, those that each CTA of a persistent grid takes, or each cluster.
+inline int head_tiles_of_cta(int head_tiles, int heads, int ctas_a_sm, int cluster = 1) {
+  return ceil_div(head_tiles, max_int(1, hopper_device().sms * ctas_a_sm / cluster / heads));
+}
+
 // Strides of V's maxima, (batch, head, channel) of which a granularity shares some.
 template <class Arguments>
 void set_amax_strides(Arguments& args, Granularity granularity, int heads, int head_dim) {
@@ -77,13 +82,15 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
 
 struct RowsLaunch {
   void (*kernel)(RowsArguments);
-  int threads, shared, ctas_a_sm;
+  int threads, shared, cluster, ctas_a_sm;
 };
 
 template <DType kIn, DType kOut, int kColumns>
 RowsLaunch rows_launch(int tile_rows) {
-  return {quantize_rows_kernel<kIn, kOut, kColumns>, tile_rows / WarpRows<kColumns>::kRows * 32,
-          rows_shared_bytes<kColumns>(tile_rows), rows_min_ctas(kColumns) * (kRowsCta / tile_rows)};
+  constexpr int kLargest = rows_of_cta(kColumns);
+  int const rows = min_int(tile_rows, kLargest);  // of a CTA
+  return {quantize_rows_kernel<kIn, kOut, kColumns>, rows / WarpRows<kColumns>::kRows * 32,
+          rows_shared_bytes<kColumns>(rows), tile_rows / rows, rows_min_ctas(kColumns) * (kLargest / rows)};
 }
 
 template <DType kIn, DType kOut>
@@ -139,10 +146,11 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
                               ? rows_launch<kIn, DType::kInt8>(columns, args.tile_rows)
                               : rows_launch<kIn, DType::kE4M3>(columns, args.tile_rows);
   args.head_tiles = in.batch * tiles;
-  args.cta_tiles = ceil_div(args.head_tiles, max_int(1, hopper_device().sms * with.ctas_a_sm / in.heads));
-  int64_t const ctas = int64_t(in.heads) * ceil_div(args.head_tiles, args.cta_tiles);
+  args.cluster = with.cluster;
+  args.cta_tiles = head_tiles_of_cta(args.head_tiles, in.heads, with.ctas_a_sm, with.cluster);
+  int64_t const ctas = int64_t(in.heads) * ceil_div(args.head_tiles, args.cta_tiles) * with.cluster;
   auto const run = [&] {
-    return launch<RowsArguments>(with.kernel, ctas, with.threads, with.shared, stream, args);
+    return launch<RowsArguments>(with.kernel, ctas, with.threads, with.shared, stream, args, with.cluster);
   };
   args.collect = given;
   if (given) {
@@ -186,8 +194,12 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
   args.chunks = ceil_div(in.seqlen, kStatsChunk);
   int const columns = tile_columns(in.head_dim);
-  int const tiles = max_int(1, ceil_div(args.chunks, kVThreads / columns));  // an empty sequence has scales
+  int const tile_chunks = kVThreads / 32 * kVSlice / columns;
+  int const tiles = max_int(1, ceil_div(args.chunks, tile_chunks));  // an empty sequence has scales
   args.tiles = make_quantize_tiles(in.heads, tiles);
+  if (int64_t(in.batch) * tiles > 0x7fffffff) return Status::kInvalidArgument;
+  args.head_tiles = in.batch * tiles;
+  args.cta_tiles = head_tiles_of_cta(args.head_tiles, in.heads, kVCtas);
   args.mean = p.smooth ? p.mean : nullptr;
   args.amax = p.amax;
   set_amax_strides(args, p.granularity, in.heads, in.head_dim);
@@ -200,15 +212,15 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   auto const kernel = columns == 64    ? quantize_v_kernel<kIn, 64>
                       : columns == 128 ? quantize_v_kernel<kIn, 128>
                                        : quantize_v_kernel<kIn, 256>;
-  int64_t const heads = int64_t(in.batch) * in.heads;
-  // NOTE: its loads are of memory that does not change while a kernel runs, to the compiler, which may place
-  // them before a wait.
+  int64_t const ctas = int64_t(in.heads) * ceil_div(args.head_tiles, args.cta_tiles);
+  // NOTE: its second looks are loads of memory that does not change while a kernel runs, to the compiler,
+  // which may place them before a wait; so with kNone the launch waits, not the kernel.
   Status const status =
-      launch<QuantizeVArguments>(kernel, heads * tiles, kVThreads, 0, stream, args, 1, args.overlap);
+      launch<QuantizeVArguments>(kernel, ctas, kVThreads, sizeof(VShared), stream, args, 1, args.overlap);
   if (status != Status::kOk || !p.outgrown && !p.compensate) return status;
   auto const finish = args.chunks <= 32 ? finish_v_kernel<kIn, 4> : finish_v_kernel<kIn, 32>;
-  return launch<QuantizeVArguments>(finish, heads * ceil_div(in.head_dim, kVSlice), kVThreads, 0, stream,
-                                    args);
+  int64_t const slices = int64_t(in.batch) * in.heads * ceil_div(in.head_dim, kVSlice);
+  return launch<QuantizeVArguments>(finish, slices, kVThreads, 0, stream, args);
 }
 
 template <DType kIn>

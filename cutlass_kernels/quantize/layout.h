@@ -11,8 +11,9 @@ namespace hopper_fa {
 constexpr int kStatsChunk = 128;  // tokens whose sum is formed first in a mean
 constexpr int kStatsLanes = 16;   // sums a chunk, which are then added pairwise
 constexpr int kStatsCtas = 8;     // of a head at most, each with a sum of chunks
-constexpr int kVSlice = 32;       // channels of V that one CTA finishes
+constexpr int kVSlice = 32;       // channels of V that a warp rounds, and that a CTA finishes
 constexpr int kKeyGroup = 16;     // keys that are permuted among themselves in V
+constexpr int kGroupSlots = kKeyGroup * kVSlice / 8;  // of 8 elements in 16 bits
 constexpr int kMaxHeadDim = 256;
 constexpr int kRotateGroup = 16;  // columns that one product of the rotation mixes
 
@@ -59,7 +60,7 @@ HOPPER_FA_HOST_DEVICE float hadamard_norm(int block) {
                         : 1.f;
 }
 
-constexpr int kVThreads = 256;  // of a CTA that rounds V
+constexpr int kVThreads = 256, kVCtas = 2;  // of a CTA that rounds V; of those an SM shall hold
 
 // Groups of 16 keys in a CTA's part of V that is e4m3 already: enough for full lines of 128 bytes, and for
 // 128 threads or more.
@@ -72,11 +73,22 @@ HOPPER_FA_HOST_DEVICE int v_slot(int channel, int group, int groups) {
   return channel * groups + (group ^ (channel / 8 % 8));
 }
 
-// The same for a chunk of V that is rounded, 8 groups: eight threads have neighbouring quads of channels, and
-// four a word each of a slot.
-HOPPER_FA_HOST_DEVICE int code_slot(int channel, int group) {
-  return channel * 8 + (group ^ (channel / 4 % 8));
+// Slot of 16 bytes in a row of Q or K for its columns 8 octet ... .
+// NOTE: sixteen threads read a quarter of a group of 16 columns each, of four neighbouring rows; the
+// exclusive or spreads them over all banks. Padding would too, but copies to lines of 128 bytes that are not
+// whole take longer: by a tenth of the kernel where they begin at odd slots.
+HOPPER_FA_HOST_DEVICE int row_slot(int row, int octet) { return octet ^ 2 * (row % 4); }
+
+// Slot of 16 bytes for channels 8 octet ... of token `token` of 16, in 32 channels that are to be rounded.
+// NOTE: eight threads write two tokens, four a token; and sixteen read half a slot each, of two octets of
+// every other token of eight. The exclusive or spreads both over all banks.
+HOPPER_FA_HOST_DEVICE int token_slot(int token, int octet) {
+  return token / 2 * 8 + ((token % 2 * 4 + octet) ^ (2 * (token / 2 % 4)));
 }
+
+// The same for the codes of 32 channels in 8 key groups: eight threads have neighbouring quads of channels,
+// and four a word each of a slot.
+HOPPER_FA_HOST_DEVICE int code_slot(int channel, int group) { return channel * 8 + (group ^ channel / 4); }
 
 // n / divisor for 0 <= n < 2^31 by one multiplication.
 struct Divisor {

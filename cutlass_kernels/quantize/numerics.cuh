@@ -1,6 +1,7 @@
 // Rounding and scales of the quantisation kernels, in the order of operations of hopper_fa/quantization.py.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
@@ -34,6 +35,13 @@ __device__ __forceinline__ void copy_async(uint4* to, void const* from, bool exi
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Copies in groups: the calls since the last commit are one. Waits for all groups but the last kPending.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_for_copy_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Two 16-bit elements that lie in one word.
 template <DType kDType>
 __device__ __forceinline__ float2 unpack(uint32_t word) {
@@ -43,6 +51,15 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
     static_assert(kDType == DType::kFP16);
     return __half22float2(reinterpret_cast<__half2 const&>(word));
   }
+}
+
+// The bits of the nearest 16-bit element, in the low half.
+template <DType kDType>
+__device__ __forceinline__ uint32_t nearest_16bit(float x) {
+  if constexpr (kDType == DType::kBF16)
+    return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+  else
+    return __half_as_ushort(__float2half_rn(x));
 }
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
@@ -78,14 +95,13 @@ __device__ __forceinline__ uint32_t max_halves(uint32_t a, uint32_t b) {
 template <DType kDType>
 constexpr uint32_t kInfinities = kDType == DType::kBF16 ? 0x7f807f80u : 0x7c007c00u;
 
-struct Scale {
-  float scale, inverse;
-};
-
-// norm: a factor that the elements still lack.
-__device__ __forceinline__ Scale scale_of(float amax, float limit, float norm = 1.f) {
-  if (amax < kSmallestAmax) return {1.f, 1.f};
-  return {__fdiv_rn(__fmul_rn(amax, norm), limit), __fdiv_rn(limit, amax)};
+// Scale of elements up to amax whose codes go up to limit, and what multiplies them. norm: a factor that the
+// elements still lack.
+__device__ __forceinline__ float scale_of(float amax, float limit, float norm = 1.f) {
+  return amax < kSmallestAmax ? 1.f : __fdiv_rn(__fmul_rn(amax, norm), limit);
+}
+__device__ __forceinline__ float inverse_scale_of(float amax, float limit) {
+  return amax < kSmallestAmax ? 1.f : __fdiv_rn(limit, amax);
 }
 
 // To the nearest e4m3, saturating; NaN to 0x7f. The first value is the lowest byte.

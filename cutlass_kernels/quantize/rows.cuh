@@ -9,6 +9,9 @@
 // A warp has 2048 elements, a thread 64 of them: WarpRows.
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
+
+#include "common/pipeline.cuh"
 #include "hopper_fa/quantize.h"
 #include "quantize/rotate.cuh"
 
@@ -20,9 +23,9 @@ struct RowsArguments {
   uint16_t const* x;
   int64_t batch_stride, row_stride, head_stride;
   int seqlen, heads, head_dim;
-  int tile_rows;              // rows a CTA
-  int head_tiles, cta_tiles;  // of a head in all batch entries; neighbours among them that a CTA takes
-  QuantizeTiles tiles;        // all CTAs; tiles.blocks.divisor of them cover a sequence
+  int tile_rows, cluster;     // rows of a tile, CTAs that share one
+  int head_tiles, cta_tiles;  // of a head in all batch entries; neighbours among them that a cluster takes
+  QuantizeTiles tiles;        // tiles.blocks.divisor cover a sequence
   float const* mean;
   bool rotate;
   uint8_t signs[32];
@@ -41,65 +44,107 @@ struct RowsArguments {
   Overlap overlap;
 };
 
-constexpr int kRowsCta = 128;  // rows of the largest CTA
+// Rows of the largest CTA. NOTE: of 256 columns two share a tile of 128 rows, so that those on an SM do not
+// all wait for each other's maxima.
+constexpr int rows_of_cta(int columns) { return columns == 256 ? 64 : 128; }
+
+// Numbers of all warps that share a tile, be they of one CTA or of a cluster's two, from each warp's own.
+struct TileExchange {
+  uint32_t of_warps[2][32];  // of even and odd tiles
+  uint64_t arrived[2];       // of a cluster's
+
+  // All threads of the CTA.
+  __device__ __forceinline__ void start(int ctas) {
+    if (ctas == 1) return;
+    if (threadIdx.x < 2) FullBarrier::init(&arrived[threadIdx.x], 1);
+    cutlass::arch::fence_barrier_init();
+    cute::cluster_sync();
+  }
+
+  // Of warp `lane`, of `warps` in `ctas` CTAs; 0 above. own: this is warp `warp` of them. n: tiles before
+  // this one. NOTE: a cluster's own barrier would wait until the rows of the tile before are written to
+  // global memory.
+  __device__ __forceinline__ uint32_t exchange(uint32_t own, int warp, int warps, int ctas, int n) {
+    int const lane = threadIdx.x % 32;
+    uint32_t (&numbers)[32] = of_warps[n % 2];
+    if (ctas == 1) {
+      if (lane == 0) numbers[warp] = own;
+      __syncthreads();
+    } else {
+      uint64_t* const all = &arrived[n % 2];
+      if (threadIdx.x == 0) FullBarrier::arrive_and_expect_tx(all, warps * sizeof(uint32_t));
+      if (lane < ctas)
+        cute::store_shared_remote(own, cute::cast_smem_ptr_to_uint(&numbers[warp]),
+                                  cute::cast_smem_ptr_to_uint(all), lane);
+      FullBarrier::wait(all, n / 2 % 2);
+    }
+    return lane < warps ? const_cast<uint32_t volatile&>(numbers[lane]) : 0;
+  }
+};
 
 template <int kColumns>
 struct RowsShared {
-  static constexpr int kRows = WarpRows<kColumns>::kRows;
+  static constexpr int kRows = WarpRows<kColumns>::kRows, kWarps = rows_of_cta(kColumns) / kRows;
   static constexpr int kSlots = kColumns / 16;  // of 16 codes, in a row
 
-  // NOTE: slots behind a row, so that threads of different rows meet different banks.
-  struct Warp {
-    uint4 raw[kRows][kColumns / 8 + 2];  // of the next tile, once this one's is in registers
-    uint4 codes[kRows][kSlots + 1];
+  struct alignas(128) Warp {
+    uint4 raw[kRows]
+             [kColumns / 8];  // row_slot(row, octet); of the next tile, once this one's is in registers
+    uint4 codes[kRows][kSlots + 1];  // NOTE: a slot behind a row, so that rows begin in different banks
   };
   alignas(16) float mean[kColumns], other[kColumns], scratch[kColumns];
   alignas(16) uint32_t signs[kColumns / 2];
-  uint32_t of_warps[2][32];
-  Warp warps[kRowsCta / kRows];
+  DotOperand<kColumns> dot;
+  TileExchange maxima;  // a number: twice the maximum's bits, and 1 if broken
+  Warp warps[kWarps];
 };
 
-// CTAs of kRowsCta rows that an SM shall hold.
-constexpr int rows_min_ctas(int columns) { return columns == 64 ? 4 : columns == 128 ? 2 : 1; }
+// Largest CTAs that an SM shall hold.
+constexpr int rows_min_ctas(int columns) { return columns == 64 ? 4 : 2; }
 
 // Bytes of shared memory for a CTA of `rows` rows.
 template <int kColumns>
 constexpr int rows_shared_bytes(int rows) {
   using Shared = RowsShared<kColumns>;
-  return sizeof(Shared) - (kRowsCta - rows) / Shared::kRows * sizeof(typename Shared::Warp);
+  return sizeof(Shared) - (Shared::kWarps - rows / Shared::kRows) * sizeof(typename Shared::Warp);
 }
 
-// A warp's rows of a tile from global into shared memory; returns at once.
+// A warp's rows of a tile, from row own_rows of it on, from global into shared memory; returns at once.
 template <int kColumns, class Warp>
-__device__ __forceinline__ void fetch_rows(RowsArguments const& args, QuantizeTile const& tile, int warp,
+__device__ __forceinline__ void fetch_rows(RowsArguments const& args, QuantizeTile const& tile, int own_rows,
                                            Warp& to) {
   constexpr int kOctets = kColumns / 8, kRows = WarpRows<kColumns>::kRows;
   int const lane = threadIdx.x % 32, octet = lane % kOctets, first = lane / kOctets;
-  int const row = tile.block * args.tile_rows + warp * kRows + first;
+  int const row = tile.block * args.tile_rows + own_rows + first;
   uint16_t const* from = args.x + tile.batch * args.batch_stride + tile.head * args.head_stride +
                          row * args.row_stride + 8 * octet;
   int64_t const step = 32 / kOctets * args.row_stride;
   int const rows = 8 * octet < args.head_dim ? args.seqlen - row : 0;  // from this thread's first one on
 #pragma unroll
   for (int r = 0; r < kRows; r += 32 / kOctets, from += step)
-    copy_async(&to.raw[first + r][octet], from, r < rows);
+    copy_async(&to.raw[first + r][row_slot(first + r, octet)], from, r < rows);
 }
 
 // One tile, of which this warp's rows are on their way to own_shared.raw; then it becomes the next one, if
-// there is one.
+// there is one. own_rows: the warp's first row in a tile. n: tiles
+// before.
 template <DType kIn, DType kOut, int kColumns>
 __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared<kColumns>& shared,
-                                           typename RowsShared<kColumns>::Warp& own_shared,
-                                           QuantizeTile& next, bool has_next, int parity, bool of_new_batch) {
+                                           typename RowsShared<kColumns>::Warp& own_shared, int own_rows,
+                                           QuantizeTile& next, bool has_next, int n, bool of_new_batch) {
   using Rows = WarpRows<kColumns>;
   constexpr int kOwn = Rows::kOwn, kGroups = Rows::kGroups;
   constexpr bool kInt8 = kOut == DType::kInt8;
   constexpr float kLimit = kInt8 ? kInt8Max : kE4M3Max;
   QuantizeTile const tile = next;
   int const head_batch = tile.batch * args.heads + tile.head;
-  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int const first_row = tile.block * args.tile_rows + warp * Rows::kRows;  // of the warp
+  int const lane = threadIdx.x % 32;
+  int const first_row = tile.block * args.tile_rows + own_rows;  // of the warp
   bool const whole = args.head_dim == kColumns;
+  // NOTE: for what depends on it if not whole; else that is computed before the loop over tiles, and its
+  // registers lacked.
+  int head_dim = args.head_dim;
+  asm volatile("" : "+r"(head_dim));
   Rows rows;
   auto const row_of = [&](int own) { return first_row + rows.row + 8 * own; };
   auto const exists = [&](int own) { return row_of(own) < args.seqlen; };
@@ -113,9 +158,8 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
     __syncthreads();
     if (args.mean) share(args.mean, head_batch, false, shared.mean);
     if (with_dots && args.queries) {
-      __syncthreads();  // both use the scratch
-      share(args.other_mean, tile.batch * args.heads_kv + args.q_heads_per_kv.quotient(tile.head), true,
-            shared.other);
+      int64_t const other = tile.batch * args.heads_kv + args.q_heads_per_kv.quotient(tile.head);
+      shared.dot.template set<kIn>(args.other_mean + other * args.head_dim, args.head_dim);
     }
     __syncthreads();
   }
@@ -128,19 +172,32 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
 #pragma unroll
     for (int j = 0; j < kGroups; ++j)
       raw[h][j] = reinterpret_cast<uint2 const*>(
-          own_shared.raw[rows.row + 8 * Rows::own(h, j)])[rows.column(h, j) / 4];
+          own_shared.raw[rows.row + 8 * Rows::own(h, j)] +
+          row_slot(rows.row, rows.column(h, j) / 8))[rows.column(h, j) / 4 % 2];
   __syncwarp();
   if (has_next) {
     next = tile.block > 0 ? QuantizeTile{tile.block - 1, tile.head, tile.batch}
                           : QuantizeTile{args.tiles.blocks.divisor - 1, tile.head, tile.batch - 1};
-    fetch_rows<kColumns>(args, next, warp, own_shared);
+    fetch_rows<kColumns>(args, next, own_rows, own_shared);
+  }
+
+  // Products of the own rows with another vector, the query head's `dot_head` of all; of all lanes of a quad.
+  auto const write_dots = [&](float const(&dots)[kOwn], int64_t dot_head) {
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own)
+      if (exists(own) && lane % 4 == 0) args.dots[dot_head * args.seqlen + row_of(own)] = dots[own];
+  };
+  if (with_dots && args.queries) {
+    float dots[kOwn];
+    shared.dot.template multiply<kIn>(raw, dots);
+    write_dots(dots, head_batch);
   }
 
   if (args.rotate) {
     if (whole)
-      rotate_rows<kIn, true>(rows, raw, shared.signs, args.head_dim);
+      rotate_rows<kIn, true>(rows, raw, shared.signs, kColumns);
     else
-      rotate_rows<kIn, false>(rows, raw, shared.signs, args.head_dim);
+      rotate_rows<kIn, false>(rows, raw, shared.signs, head_dim);
   } else {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -152,18 +209,6 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
       }
   }
 
-  // Products of the own rows with the vector in shared.other, the query head's `dot_head` of all.
-  auto const write_dots = [&](int64_t dot_head) {
-    float sum[kOwn] = {};
-    rows.with_vector(shared.other, [&](float& x, float v, int own) { sum[own] += x * v; });
-#pragma unroll
-    for (int own = 0; own < kOwn; ++own) {
-      sum[own] += __shfl_xor_sync(~0u, sum[own], 1);
-      sum[own] += __shfl_xor_sync(~0u, sum[own], 2);
-      if (exists(own) && lane % 4 == 0) args.dots[dot_head * args.seqlen + row_of(own)] = sum[own];
-    }
-  };
-  if (with_dots && args.queries) write_dots(head_batch);
   if (args.mean) rows.with_vector(shared.mean, [](float& x, float v, int) { x = x - v; });
   if (with_dots && !args.queries) {
     int const group = args.q_heads_per_kv.divisor;
@@ -172,24 +217,30 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
       __syncthreads();
       share(args.other_mean, query_head, true, shared.other);
       __syncthreads();
-      write_dots(query_head);
+      float dots[kOwn] = {};
+      rows.with_vector(shared.other, [&](float& x, float v, int own) { dots[own] += x * v; });
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) dots[own] = sum_of_quad(dots[own]);
+      write_dots(dots, query_head);
     }
   }
   // The blocks' factors; that of a single block goes into the scale. Nothing past head_dim.
-  bool const single = (args.head_dim & (args.head_dim - 1)) == 0;
-  float const norm_left = args.rotate && single ? hadamard_norm(args.head_dim) : 1.f;
+  bool const single = whole || (head_dim & (head_dim - 1)) == 0;
+  float const norm_left = !args.rotate ? 1.f
+                          : whole      ? hadamard_norm(kColumns)
+                          : single     ? hadamard_norm(head_dim)
+                                       : 1.f;
   if (!whole) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         int const column = rows.column(h, j);
-        float const norm =
-            args.rotate && !single ? hadamard_norm(hadamard_block(column, args.head_dim)) : 1.f;
+        float const norm = args.rotate && !single ? hadamard_norm(hadamard_block(column, head_dim)) : 1.f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& x = rows.x[h][j][i];
-          x = column < args.head_dim ? x * norm : 0.f;
+          x = column < head_dim ? x * norm : 0.f;
         }
       }
   }
@@ -199,8 +250,10 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
   bool broken[kOwn];
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) {
-    float largest = 0;
-    rows.for_row(own, [&](float& x) { largest = max_nan(largest, fabsf(x)); });
+    float halves[2] = {};  // NOTE: one chain of maxima would wait for itself
+    int count = 0;
+    rows.for_row(own, [&](float& x) { halves[count % 2] = max_nan(halves[count % 2], fabsf(x)), ++count; });
+    float largest = max_nan(halves[0], halves[1]);
     broken[own] = exists(own) && !is_finite(largest);
     if (broken[own]) {
       largest = 0;
@@ -211,10 +264,11 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
     amax[own] = exists(own) ? __float_as_uint(largest) : 0;
   }
 
-  Scale scale[kOwn];
+  float inverse[kOwn];
   auto const set_scale = [&](int own, bool writes, int64_t at) {
-    scale[own] = scale_of(__uint_as_float(amax[own]), kLimit, norm_left);
-    if (writes) args.scale[at] = kInt8 && broken[own] ? NAN : scale[own].scale;
+    float const largest = __uint_as_float(amax[own]);
+    inverse[own] = inverse_scale_of(largest, kLimit);
+    if (writes) args.scale[at] = kInt8 && broken[own] ? NAN : scale_of(largest, kLimit, norm_left);
   };
   if (args.scale_of == ScaleOf::kRow) {
 #pragma unroll
@@ -227,35 +281,38 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
     }
   } else if (args.scale_of == ScaleOf::kNone) {
 #pragma unroll
-    for (int own = 0; own < kOwn; ++own) scale[own] = {1.f, norm_left};
-    if (threadIdx.x == 0 && tile.block == 0) args.scale[head_batch] = 1.f;
+    for (int own = 0; own < kOwn; ++own) inverse[own] = norm_left;
+    if (own_rows == 0 && lane == 0 && tile.block == 0) args.scale[head_batch] = 1.f;
   } else {
 #pragma unroll
     for (int own = 1; own < kOwn; ++own)
       amax[0] = max(amax[0], amax[own]), broken[0] = broken[0] || broken[own];
-    bool const of_tile = args.scale_of == ScaleOf::kTile;
-    uint32_t* const given =
-        args.amax + 2 * (tile.batch * args.amax_batch + args.heads_a_amax.quotient(tile.head));
-    if (of_tile || args.collect) {
-      uint32_t const of_warp = __reduce_max_sync(~0u, amax[0]);
-      if (lane == 0) shared.of_warps[parity][warp] = of_warp;
-      broken[0] = __syncthreads_or(broken[0]);
-      amax[0] = __reduce_max_sync(~0u, lane < blockDim.x / 32 ? shared.of_warps[parity][lane] : 0u);
+    if (args.scale_of == ScaleOf::kTile || args.collect) {
+      bool const broken_warp = __any_sync(~0u, broken[0]);
+      uint32_t const of_warp = 2 * __reduce_max_sync(~0u, amax[0]) + broken_warp;
+      uint32_t const of_lane = shared.maxima.exchange(of_warp, own_rows / Rows::kRows,
+                                                      args.tile_rows / Rows::kRows, args.cluster, n);
+      broken[0] = __any_sync(~0u, of_lane & 1);
+      amax[0] = __reduce_max_sync(~0u, of_lane) / 2;
+    }
+    bool const writes = own_rows == 0 && lane == 0;  // one thread of a tile
+    if (args.scale_of == ScaleOf::kTile) {
+      set_scale(0, writes, static_cast<int64_t>(head_batch) * args.tiles.blocks.divisor + tile.block);
+    } else {
+      uint32_t* const given =
+          args.amax + 2 * (tile.batch * args.amax_batch + args.heads_a_amax.quotient(tile.head));
       if (args.collect) {
-        if (threadIdx.x == 0) {
+        if (writes) {
           atomicMax(given, amax[0]);
           if (broken[0]) atomicOr(given + 1, 1u);
         }
         return;
       }
-    } else {
       amax[0] = given[0], broken[0] = given[1];
+      set_scale(0, writes && tile.block == 0, head_batch);
     }
-    set_scale(
-        0, threadIdx.x == 0 && (of_tile || tile.block == 0),
-        of_tile ? static_cast<int64_t>(head_batch) * args.tiles.blocks.divisor + tile.block : head_batch);
 #pragma unroll
-    for (int own = 1; own < kOwn; ++own) scale[own] = scale[0];
+    for (int own = 1; own < kOwn; ++own) inverse[own] = inverse[0];
   }
 
 #pragma unroll
@@ -266,11 +323,11 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
       float const(&x)[4] = rows.x[h][j];
       uint32_t codes;
       if constexpr (kInt8) {
-        codes = to_int8(x, scale[own].inverse);
+        codes = to_int8(x, inverse[own]);
       } else {
         float y[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) y[i] = x[i] * scale[own].inverse;
+        for (int i = 0; i < 4; ++i) y[i] = x[i] * inverse[own];
         codes = to_e4m3(y[0], y[1], y[2], y[3]);
       }
       int const slot = Rows::group(h, j);
@@ -292,29 +349,33 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
   __syncwarp();
 }
 
-// A persistent grid. CTA part * heads + head takes cta_tiles tiles of a head, so that its means stay.
+// A persistent grid. Cluster part * heads + head takes cta_tiles tiles of a head, so that its means stay.
 template <DType kIn, DType kOut, int kColumns>
-__global__ void __launch_bounds__(kRowsCta / WarpRows<kColumns>::kRows * 32, rows_min_ctas(kColumns))
+__global__ void __launch_bounds__(RowsShared<kColumns>::kWarps * 32, rows_min_ctas(kColumns))
     quantize_rows_kernel(__grid_constant__ RowsArguments const args) {
   extern __shared__ uint4 rows_shared[];
   auto& shared = reinterpret_cast<RowsShared<kColumns>&>(rows_shared);
-  int const warp = threadIdx.x / 32;
+  int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform
   auto& own = shared.warps[warp];
   // NOTE: last tile first: what an earlier pass over the tensor read last may still lie in L2.
-  int const part = args.tiles.heads.quotient(blockIdx.x), head = blockIdx.x - part * args.heads;
+  int const cluster = blockIdx.x / args.cluster, rank = blockIdx.x - cluster * args.cluster;
+  int const part = args.tiles.heads.quotient(cluster), head = cluster - part * args.heads;
   int const first = part * args.cta_tiles;
   int const position = min_int(first + args.cta_tiles, args.head_tiles) - 1;  // at least first
-  QuantizeTile tile = args.tiles.get(position * args.heads + head);
+  int const batch = args.tiles.blocks.quotient(position);
+  QuantizeTile tile = {position - batch * args.tiles.blocks.divisor, head, batch};
+  int const own_rows = rank * rows_of_cta(kColumns) + warp * WarpRows<kColumns>::kRows;
   wait_for_launches(args.overlap == Overlap::kNone);
-  fetch_rows<kColumns>(args, tile, warp, own);
+  fetch_rows<kColumns>(args, tile, own_rows, own);
   wait_for_launches(args.overlap == Overlap::kLoads);
   let_next_begin();
   if (args.rotate && threadIdx.x < kColumns / 2) {
     uint32_t const two = args.signs[threadIdx.x / 4] >> (2 * threadIdx.x % 8);
     shared.signs[threadIdx.x] = (two & 1) << 15 | (two & 2) << 30;
   }
+  shared.maxima.start(args.cluster);
   for (int i = position; i >= first; --i)
-    round_tile<kIn, kOut>(args, shared, own, tile, i > first, i & 1,
+    round_tile<kIn, kOut>(args, shared, own, own_rows, tile, i > first, position - i,
                           i == position || tile.block == args.tiles.blocks.divisor - 1);
   wait_for_launches(args.overlap == Overlap::kAll);
 }

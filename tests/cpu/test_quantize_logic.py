@@ -101,16 +101,34 @@ def test_statistics_refuse_what_v_would_misread() -> None:
         assert "refused" in STATUS_SENTENCES[status], (shift, granularity)
 
 
-def test_code_slots() -> None:
-    """Every (channel, group) of a chunk has a slot of its own, and no eight threads meet in a bank."""
-    slots = {(c, g): _C.code_slot(c, g) for c in range(256) for g in range(8)}
-    assert sorted(slots.values()) == list(range(256 * 8))
-    for c in range(256):  # the eight groups of a channel are read
+def test_slots_of_rows() -> None:
+    """Every octet of a row has a slot of its own, in its line of 128 bytes; no eight threads meet in a bank."""
+    for row in range(32):
+        assert sorted(_C.row_slot(row, o) for o in range(32)) == list(range(32))
+        assert all(_C.row_slot(row, o) // 8 == o // 8 for o in range(32))
+    for group in range(16):  # sixteen threads read halves of two octets of four rows
+        for row in range(0, 32, 4):
+            slots = {_C.row_slot(row + i, 2 * group + j) for i in range(4) for j in range(2)}
+            assert len({slot % SHARED_MEMORY_BANKS for slot in slots}) == 8
+
+
+def test_slots_of_a_warp_that_rounds_v() -> None:
+    """Every piece of 16 tokens or of 8 key groups has a slot of its own, and no eight threads meet in a bank."""
+    slots = {(t, o): _C.token_slot(t, o) for t in range(16) for o in range(4)}
+    assert sorted(slots.values()) == list(range(16 * 4))
+    for t in range(0, 16, 2):  # eight threads copy two tokens
+        assert len({slots[t + i, o] % SHARED_MEMORY_BANKS for i in range(2) for o in range(4)}) == 8
+    for t in (0, 1, 8, 9):  # sixteen threads read halves of two octets of every other token
+        for o in (0, 2):
+            assert len({slots[t + 2 * i, o + j] % SHARED_MEMORY_BANKS for i in range(4) for j in range(2)}) == 8
+
+    slots = {(c, g): _C.code_slot(c, g) for c in range(32) for g in range(8)}
+    assert sorted(slots.values()) == list(range(32 * 8))
+    for c in range(32):  # the eight groups of a channel are read
         assert len({slots[c, g] % SHARED_MEMORY_BANKS for g in range(8)}) == 8
-    for first in range(0, 256, 32):  # eight threads write the same channel of neighbouring quads
-        for c in range(first, first + 4):
-            for g in range(8):
-                assert len({slots[c + 4 * i, g] % SHARED_MEMORY_BANKS for i in range(8)}) == 8
+    for c in range(4):  # eight threads write the same channel of neighbouring quads
+        for g in range(8):
+            assert len({slots[c + 4 * i, g] % SHARED_MEMORY_BANKS for i in range(8)}) == 8
 
 
 def test_tiles_are_counted_heads_first(seed: int) -> None:
