@@ -25,9 +25,9 @@ __device__ __forceinline__ void wait_for_launches(bool here) {
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // 16 bytes to shared memory, zeros in place of what does not exist; to be waited for by the same thread.
-// NOTE: cute's copy asks L2 for 128 bytes besides.
+// NOTE: the whole line of 128 bytes comes to L2: V's warps take half a line each.
 __device__ __forceinline__ void copy_async(uint4* to, void const* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(from), "r"(exists ? 16 : 0)
                : "memory");

@@ -53,12 +53,17 @@ struct TileExchange {
   uint32_t of_warps[2][32];  // of even and odd tiles
   uint64_t arrived[2];       // of a cluster's
 
-  // All threads of the CTA.
+  // All threads of the CTA call both before they exchange, loads in between.
+  // NOTE: an arrival that is not relaxed would wait for those.
   __device__ __forceinline__ void start(int ctas) {
     if (ctas == 1) return;
     if (threadIdx.x < 2) FullBarrier::init(&arrived[threadIdx.x], 1);
     cutlass::arch::fence_barrier_init();
-    cute::cluster_sync();
+    __syncwarp();
+    cute::cluster_arrive_relaxed();
+  }
+  __device__ __forceinline__ void wait_for_start(int ctas) {
+    if (ctas > 1) cute::cluster_wait();
   }
 
   // Of warp `lane`, of `warps` in `ctas` CTAs; 0 above. own: this is warp `warp` of them. n: tiles before
@@ -88,8 +93,7 @@ struct RowsShared {
   static constexpr int kSlots = kColumns / 16;  // of 16 codes, in a row
 
   struct alignas(128) Warp {
-    uint4 raw[kRows]
-             [kColumns / 8];  // row_slot(row, octet); of the next tile, once this one's is in registers
+    uint4 raw[kRows][kColumns / 8];  // by row_slot; of the next tile, once this one's is in registers
     uint4 codes[kRows][kSlots + 1];  // NOTE: a slot behind a row, so that rows begin in different banks
   };
   alignas(16) float mean[kColumns], other[kColumns], scratch[kColumns];
@@ -170,10 +174,12 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
 #pragma unroll
   for (int h = 0; h < 2; ++h)
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j)
-      raw[h][j] = reinterpret_cast<uint2 const*>(
-          own_shared.raw[rows.row + 8 * Rows::own(h, j)] +
-          row_slot(rows.row, rows.column(h, j) / 8))[rows.column(h, j) / 4 % 2];
+    for (int j = 0; j < kGroups; ++j) {
+      // The slot of row_slot(rows.row, rows.column(h, j) / 8), its lines of 8 slots apart.
+      int const group = Rows::group(h, j), in_line = row_slot(rows.row, 2 * (group % 4) + rows.quad / 8);
+      uint4 const* const row = own_shared.raw[rows.row + 8 * Rows::own(h, j)];
+      raw[h][j] = reinterpret_cast<uint2 const*>(row + in_line)[16 * (group / 4) + rows.quad / 4 % 2];
+    }
   __syncwarp();
   if (has_next) {
     next = tile.block > 0 ? QuantizeTile{tile.block - 1, tile.head, tile.batch}
@@ -365,6 +371,7 @@ __global__ void __launch_bounds__(RowsShared<kColumns>::kWarps * 32, rows_min_ct
   int const batch = args.tiles.blocks.quotient(position);
   QuantizeTile tile = {position - batch * args.tiles.blocks.divisor, head, batch};
   int const own_rows = rank * rows_of_cta(kColumns) + warp * WarpRows<kColumns>::kRows;
+  shared.maxima.start(args.cluster);
   wait_for_launches(args.overlap == Overlap::kNone);
   fetch_rows<kColumns>(args, tile, own_rows, own);
   wait_for_launches(args.overlap == Overlap::kLoads);
@@ -373,7 +380,7 @@ __global__ void __launch_bounds__(RowsShared<kColumns>::kWarps * 32, rows_min_ct
     uint32_t const two = args.signs[threadIdx.x / 4] >> (2 * threadIdx.x % 8);
     shared.signs[threadIdx.x] = (two & 1) << 15 | (two & 2) << 30;
   }
-  shared.maxima.start(args.cluster);
+  shared.maxima.wait_for_start(args.cluster);
   for (int i = position; i >= first; --i)
     round_tile<kIn, kOut>(args, shared, own, own_rows, tile, i > first, position - i,
                           i == position || tile.block == args.tiles.blocks.divisor - 1);
