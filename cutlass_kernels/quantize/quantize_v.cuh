@@ -252,7 +252,7 @@ struct VShared {
 template <DType kIn, int kColumns>
 __global__ void __launch_bounds__(kVThreads, kVCtas)
     quantize_v_kernel(__grid_constant__ QuantizeVArguments const args) {
-  extern __shared__ uint4 v_shared[];
+  extern __shared__ __align__(128) uint4 v_shared[];
   constexpr int kSlices = kColumns / kVSlice, kChunks = kVThreads / 32 / kSlices;   // of a tile
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // warp: uniform
   auto& shared = reinterpret_cast<VShared&>(v_shared).warps[warp];

@@ -359,7 +359,7 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
 template <DType kIn, DType kOut, int kColumns>
 __global__ void __launch_bounds__(RowsShared<kColumns>::kWarps * 32, rows_min_ctas(kColumns))
     quantize_rows_kernel(__grid_constant__ RowsArguments const args) {
-  extern __shared__ uint4 rows_shared[];
+  extern __shared__ __align__(128) uint4 rows_shared[];
   auto& shared = reinterpret_cast<RowsShared<kColumns>&>(rows_shared);
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform
   auto& own = shared.warps[warp];
