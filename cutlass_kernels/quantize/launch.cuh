@@ -36,6 +36,15 @@ Status launch(void (*kernel)(Arguments), int64_t ctas, int threads, int shared, 
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::kOk : Status::kLaunchError;
 }
 
+// NOTE: those of a single row, head or batch entry may be anything, and kernels form addresses past the last
+// one of it, of 16 aligned bytes, which they do not read.
+template <class Arguments>
+void set_strides(Arguments& args, QuantizeInput const& in) {
+  args.batch_stride = in.batch > 1 ? in.x.batch_stride : 0;
+  args.row_stride = in.seqlen > 1 ? in.x.row_stride : 0;
+  args.head_stride = in.heads > 1 ? in.x.head_stride : 0;
+}
+
 // Of a head's tiles, those that each CTA of a persistent grid takes, or each cluster.
 inline int head_tiles_of_cta(int head_tiles, int heads, int ctas_a_sm, int cluster = 1) {
   return ceil_div(head_tiles, max_int(1, hopper_device().sms * ctas_a_sm / cluster / heads));
@@ -54,8 +63,7 @@ Status launch_token_stats(TokenStatsParams const& p, cudaStream_t stream) {
   QuantizeInput const& in = p.in;
   TokenStatsArguments args;
   args.x = static_cast<uint16_t const*>(in.x.data);
-  args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
-  args.head_stride = in.x.head_stride;
+  set_strides(args, in);
   args.shift = p.shift;
   args.tokens = in.seqlen >> args.shift, args.heads = in.heads, args.head_dim = in.head_dim;
   args.chunks = ceil_div(args.tokens, kStatsChunk);
@@ -105,8 +113,7 @@ Status launch_quantize_rows(QuantizeRowsParams const& p, cudaStream_t stream) {
   QuantizeInput const& in = p.in;
   RowsArguments args;
   args.x = static_cast<uint16_t const*>(in.x.data);
-  args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
-  args.head_stride = in.x.head_stride;
+  set_strides(args, in);
   args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
   args.mean = p.mean;
   args.rotate = p.rotate;
@@ -170,8 +177,7 @@ Status launch_transpose_v(QuantizeVParams const& p, cudaStream_t stream) {
   QuantizeInput const& in = p.in;
   TransposeVArguments args;
   args.v = static_cast<uint8_t const*>(in.x.data);
-  args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
-  args.head_stride = in.x.head_stride;
+  set_strides(args, in);
   args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
   args.groups = v_tile_groups(in.head_dim);
   int const tiles = ceil_div(in.seqlen, args.groups * kKeyGroup);
@@ -189,8 +195,7 @@ Status launch_round_v(QuantizeVParams const& p, cudaStream_t stream) {
   QuantizeInput const& in = p.in;
   QuantizeVArguments args;
   args.v = static_cast<uint16_t const*>(in.x.data);
-  args.batch_stride = in.x.batch_stride, args.row_stride = in.x.row_stride,
-  args.head_stride = in.x.head_stride;
+  set_strides(args, in);
   args.seqlen = in.seqlen, args.heads = in.heads, args.head_dim = in.head_dim;
   args.chunks = ceil_div(in.seqlen, kStatsChunk);
   int const columns = tile_columns(in.head_dim);

@@ -199,7 +199,7 @@ __device__ __forceinline__ void store_codes(QuantizeVArguments const& args, VPar
   int const lane = threadIdx.x % 32, g = lane % kChunkGroups, first = lane / kChunkGroups;
   constexpr int kStep = 32 / kChunkGroups;  // rows at once
   if (g * kKeyGroup >= part.tokens(args)) return;
-  int const step = kStep * (ceil_div(args.seqlen, kKeyGroup) * kKeyGroup);  // bytes
+  int64_t const step = int64_t(kStep) * (ceil_div(args.seqlen, kKeyGroup) * kKeyGroup);  // bytes
   uint8_t* out = part.codes(args, columns, part.first_channel + first, g);
 #pragma unroll
   for (int r = first; r < kVSlice + first; r += kStep, out += step)
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kVThreads, kVCtas)
   // NOTE: last tile first: what the statistics read last may still lie in L2.
   int const cta = args.tiles.heads.quotient(blockIdx.x), head = blockIdx.x - cta * args.heads;
   int const first = cta * args.cta_tiles;
-  int position = min_int(first + args.cta_tiles, args.head_tiles) - 1;  // at least first
+  int position = first + min_int(args.cta_tiles, args.head_tiles - first) - 1;
   int batch = args.tiles.blocks.quotient(position), block = position - batch * args.tiles.blocks.divisor;
   ChunkStage stage(shared.stage, args.row_stride);
   auto const point_stage = [&](bool exists) {

@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(RowsShared<kColumns>::kWarps * 32, rows_min_ct
   int const cluster = blockIdx.x / args.cluster, rank = blockIdx.x - cluster * args.cluster;
   int const part = args.tiles.heads.quotient(cluster), head = cluster - part * args.heads;
   int const first = part * args.cta_tiles;
-  int const position = min_int(first + args.cta_tiles, args.head_tiles) - 1;  // at least first
+  int const position = first + min_int(args.cta_tiles, args.head_tiles - first) - 1;
   int const batch = args.tiles.blocks.quotient(position);
   QuantizeTile tile = {position - batch * args.tiles.blocks.divisor, head, batch};
   int const own_rows = rank * rows_of_cta(kColumns) + warp * WarpRows<kColumns>::kRows;

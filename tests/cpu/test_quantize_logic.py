@@ -102,7 +102,7 @@ def test_statistics_refuse_what_v_would_misread() -> None:
 
 
 def test_slots_of_rows() -> None:
-    """Every octet of a row has a slot of its own, in its line of 128 bytes; no eight threads meet in a bank."""
+    """Every octet of a row has a slot of its own, in its line of 128 bytes; no two threads meet in a bank."""
     for row in range(32):
         assert sorted(_C.row_slot(row, o) for o in range(32)) == list(range(32))
         assert all(_C.row_slot(row, o) // 8 == o // 8 for o in range(32))
@@ -113,14 +113,15 @@ def test_slots_of_rows() -> None:
 
 
 def test_slots_of_a_warp_that_rounds_v() -> None:
-    """Every piece of 16 tokens or of 8 key groups has a slot of its own, and no eight threads meet in a bank."""
+    """Every piece of 16 tokens or 8 key groups has a slot of its own; no two threads meet in a bank."""
     slots = {(t, o): _C.token_slot(t, o) for t in range(16) for o in range(4)}
     assert sorted(slots.values()) == list(range(16 * 4))
     for t in range(0, 16, 2):  # eight threads copy two tokens
         assert len({slots[t + i, o] % SHARED_MEMORY_BANKS for i in range(2) for o in range(4)}) == 8
     for t in (0, 1, 8, 9):  # sixteen threads read halves of two octets of every other token
         for o in (0, 2):
-            assert len({slots[t + 2 * i, o + j] % SHARED_MEMORY_BANKS for i in range(4) for j in range(2)}) == 8
+            read = {slots[t + 2 * i, o + j] for i in range(4) for j in range(2)}
+            assert len({slot % SHARED_MEMORY_BANKS for slot in read}) == 8
 
     slots = {(c, g): _C.code_slot(c, g) for c in range(32) for g in range(8)}
     assert sorted(slots.values()) == list(range(32 * 8))

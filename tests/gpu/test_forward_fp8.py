@@ -88,8 +88,10 @@ def assert_agrees(
         qkv, softmax_scale, causal, torch.float16, accumulator="tensor_core"
     )
     assert out.isfinite().all()
-    # LSE has the sum of the rounded P, so one flip of a large p moves it.
-    torch.testing.assert_close(lse, emulated_lse, atol=2e-3, rtol=1e-5)
+    # LSE has the sum of the rounded P, so one flip of a large p moves it; by at most log(9 / 8), in few rows.
+    off = torch.where(lse == emulated_lse, 0.0, (lse - emulated_lse).abs())  # rows without keys: -inf
+    flipped = off > 2e-3 + 1e-5 * emulated_lse.abs()
+    assert flipped.sum() <= 1 + lse.numel() // 10000 and off.max() < 0.12
     apart = error_metrics(out, emulated.double())["relative_l2"]
     own = error_metrics(out, truth)["relative_l2"]
     rounding = 0.5 * torch.finfo(torch.float16).eps

@@ -208,6 +208,18 @@ def test_layouts(layout: str, dtype: torch.dtype, seed: int) -> None:
     assert_same(quantize_kernels.quantize_qkv(q, k, v, EVERYTHING), expected)
 
 
+@pytest.mark.parametrize("single", range(3), ids=["batch entry", "token", "head"])
+def test_odd_stride_of_a_single(single: int, dtype: torch.dtype, seed: int) -> None:
+    """A stride that means nothing need not be a multiple of 16 bytes."""
+    sizes, strides = [2, 300, 3, 72], [300 * 3 * 72, 3 * 72, 72, 1]
+    sizes[single], strides[single] = 1, 5
+    generator = torch.Generator("cuda").manual_seed(seed)
+    memory = torch.randn(3, 2 * 300 * 3 * 72, device="cuda", generator=generator).to(dtype)
+    q, k, v = (t.as_strided(sizes, strides) for t in memory)
+    expected = quantization.quantize_qkv(q, k, v, EVERYTHING)
+    assert_same(quantize_kernels.quantize_qkv(q, k, v, EVERYTHING), expected)
+
+
 @pytest.mark.parametrize("head_dim", [8, 64, 72, 128, 256])
 @pytest.mark.parametrize("seqlen", [0, 1, 16, 113, 1040])
 def test_transposition_of_e4m3(seqlen: int, head_dim: int, dtype: torch.dtype, seed: int) -> None:
