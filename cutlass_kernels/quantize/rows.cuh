@@ -3,8 +3,9 @@
 // Roofline: 2 bytes read and 1 written an element. 16k tokens x 2048 channels: 101 MB, 25 us at 4 TB/s, for Q
 // and again for K; scales of a head, group or tensor read everything twice: 42 us. A warp issues some 920
 // instructions for its 2048 elements with rotation and int8 (128 columns; butterflies 192, codes 112, mean
-// 80, maximum 64, signs and products 64): 16 us at 1.75 GHz. So memory binds as long as copies and arithmetic
-// overlap: the next tile's rows are copied during this one's arithmetic.
+// 80, maximum 64, signs and products 64; of 256 columns a fourth step of butterflies): 16 us at 1.75 GHz. So
+// memory binds as long as copies and arithmetic overlap: the next tile's rows are copied during this one's
+// arithmetic, and an SM has CTAs that do not wait for each other.
 //
 // A warp has 2048 elements, a thread 64 of them: WarpRows.
 #pragma once
@@ -130,8 +131,7 @@ __device__ __forceinline__ void fetch_rows(RowsArguments const& args, QuantizeTi
 }
 
 // One tile, of which this warp's rows are on their way to own_shared.raw; then it becomes the next one, if
-// there is one. own_rows: the warp's first row in a tile. n: tiles
-// before.
+// there is one. own_rows: the warp's first row in a tile. n: tiles before this one.
 template <DType kIn, DType kOut, int kColumns>
 __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared<kColumns>& shared,
                                            typename RowsShared<kColumns>::Warp& own_shared, int own_rows,
@@ -145,8 +145,8 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
   int const lane = threadIdx.x % 32;
   int const first_row = tile.block * args.tile_rows + own_rows;  // of the warp
   bool const whole = args.head_dim == kColumns;
-  // NOTE: for what depends on it if not whole; else that is computed before the loop over tiles, and its
-  // registers lacked.
+  // NOTE: for what depends on it if not whole: ptxas would compute that before the loop over tiles, and the
+  // other paths would lack its registers.
   int head_dim = args.head_dim;
   asm volatile("" : "+r"(head_dim));
   Rows rows;
