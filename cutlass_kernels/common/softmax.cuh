@@ -5,25 +5,9 @@
 #include <cute/tensor.hpp>
 
 #include "common/exp2.cuh"
+#include "common/quad.cuh"
 
 namespace hopper_fa {
-
-// NOTE: NaN wins, unlike in fmaxf: one NaN score makes its whole row NaN, as it does in textbook softmax.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = max_nan(x, __shfl_xor_sync(~0u, x, 1));
-  return max_nan(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // P = exp2(scale[r] * S + bias[r]) in place, summed into row_sum if that is wanted.
 // kFmaOctets of every 8 column octets take exp2 on the FP32 pipe.

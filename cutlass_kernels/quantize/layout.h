@@ -112,14 +112,18 @@ struct QuantizeTile {
   int block, head, batch;
 };
 
-// Neighbouring CTAs take neighbouring heads, which lie beside each other in memory.
-// NOTE: a thread has 32 elements of Q or K; two ordinary divisions would be an eighth of its instructions.
+// A head's tiles, of all batch entries, have positions; neighbouring CTAs take neighbouring heads, which lie
+// beside each other in memory.
 struct QuantizeTiles {
   Divisor heads, blocks;
 
+  HOPPER_FA_HOST_DEVICE QuantizeTile at(int position, int head) const {
+    int const batch = blocks.quotient(position);
+    return {position - batch * blocks.divisor, head, batch};
+  }
   HOPPER_FA_HOST_DEVICE QuantizeTile get(int index) const {
-    int const row = heads.quotient(index), batch = blocks.quotient(row);
-    return {row - batch * blocks.divisor, index - row * heads.divisor, batch};
+    int const position = heads.quotient(index);
+    return at(position, index - position * heads.divisor);
   }
 };
 

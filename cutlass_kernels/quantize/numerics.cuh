@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include "common/quad.cuh"
 #include "hopper_fa/types.h"
 #include "quantize/layout.h"
 
@@ -63,13 +64,6 @@ __device__ __forceinline__ uint32_t nearest_16bit(float x) {
 }
 
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < INFINITY; }
-
-// The larger one; NaN if either is NaN, where fmaxf would drop it.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-}
 
 // Smaller and larger of each half; a NaN gives way to a number.
 template <DType kDType>

@@ -179,9 +179,7 @@ __device__ __forceinline__ bool round_chunk(QuantizeVArguments const& args, VPar
     float error[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      float total = sum[c] + __shfl_xor_sync(~0u, sum[c], 1);
-      total += __shfl_xor_sync(~0u, total, 2);
-      error[c] = total - (code_sum[0][c / 2][2 * (c % 2)] + code_sum[1][c / 2][2 * (c % 2)]);
+      error[c] = quad_sum(sum[c]) - (code_sum[0][c / 2][2 * (c % 2)] + code_sum[1][c / 2][2 * (c % 2)]);
     }
     if (own.word == 0 && tokens > 0) {
       int64_t const at =
@@ -260,10 +258,10 @@ __global__ void __launch_bounds__(kVThreads, kVCtas)
   int const cta = args.tiles.heads.quotient(blockIdx.x), head = blockIdx.x - cta * args.heads;
   int const first = cta * args.cta_tiles;
   int position = first + min_int(args.cta_tiles, args.head_tiles - first) - 1;
-  int batch = args.tiles.blocks.quotient(position), block = position - batch * args.tiles.blocks.divisor;
+  QuantizeTile tile = args.tiles.at(position, head);
   ChunkStage stage(shared.stage, args.row_stride);
   auto const point_stage = [&](bool exists) {
-    VPart const part = {batch, head, block * kChunks + warp / kSlices, warp % kSlices * kVSlice};
+    VPart const part = {tile.batch, head, tile.block * kChunks + warp / kSlices, warp % kSlices * kVSlice};
     stage.point_to(part.start(args), exists ? part.tokens(args) : 0, part.channels(args));
     return part;
   };
@@ -280,7 +278,7 @@ __global__ void __launch_bounds__(kVThreads, kVCtas)
       int const channel = min_int(part.first_channel + lane, args.head_dim - 1);
       VChannel of = {args.mean ? __ldcg(args.mean + head_channels + channel) : 0.f, 1.f};
       if (args.amax) {
-        int64_t const at = batch * args.amax_batch + head * args.amax_head + channel * args.amax_channel;
+        int64_t const at = tile.batch * args.amax_batch + head * args.amax_head + channel * args.amax_channel;
         VScale const both = scale_of_v(__uint_as_float(__ldcg(args.amax + at)), args.outgrown != nullptr);
         scale = both.scale, of.inverse = both.inverse;
       }
@@ -289,8 +287,8 @@ __global__ void __launch_bounds__(kVThreads, kVCtas)
     }
     if (part.chunk == 0 && lane < part.channels(args))
       args.scale[head_channels + part.first_channel + lane] = scale;
-    of_new_batch = block == 0;
-    block = (of_new_batch ? args.tiles.blocks.divisor : block) - 1, batch -= of_new_batch;
+    of_new_batch = tile.block == 0;
+    tile.block = (of_new_batch ? args.tiles.blocks.divisor : tile.block) - 1, tile.batch -= of_new_batch;
     next = point_stage(position > first);
 
     bool const full = part.tokens(args) >= kStatsChunk && part.channels(args) >= kVSlice;

@@ -10,11 +10,10 @@
 // A warp has 2048 elements, a thread 64 of them: WarpRows.
 #pragma once
 
-#include <cute/arch/cluster_sm90.hpp>
-
-#include "common/pipeline.cuh"
 #include "hopper_fa/quantize.h"
+#include "quantize/dot_operand.cuh"
 #include "quantize/rotate.cuh"
+#include "quantize/tile_exchange.cuh"
 
 namespace hopper_fa {
 
@@ -48,45 +47,6 @@ struct RowsArguments {
 // Rows of the largest CTA. NOTE: of 256 columns two share a tile of 128 rows, so that those on an SM do not
 // all wait for each other's maxima.
 constexpr int rows_of_cta(int columns) { return columns == 256 ? 64 : 128; }
-
-// Numbers of all warps that share a tile, be they of one CTA or of a cluster's two, from each warp's own.
-struct TileExchange {
-  uint32_t of_warps[2][32];  // of even and odd tiles
-  uint64_t arrived[2];       // of a cluster's
-
-  // All threads of the CTA call both before they exchange, loads in between.
-  // NOTE: an arrival that is not relaxed would wait for those.
-  __device__ __forceinline__ void start(int ctas) {
-    if (ctas == 1) return;
-    if (threadIdx.x < 2) FullBarrier::init(&arrived[threadIdx.x], 1);
-    cutlass::arch::fence_barrier_init();
-    __syncwarp();
-    cute::cluster_arrive_relaxed();
-  }
-  __device__ __forceinline__ void wait_for_start(int ctas) {
-    if (ctas > 1) cute::cluster_wait();
-  }
-
-  // Of warp `lane`, of `warps` in `ctas` CTAs; 0 above. own: this is warp `warp` of them. n: tiles before
-  // this one. NOTE: a cluster's own barrier would wait until the rows of the tile before are written to
-  // global memory.
-  __device__ __forceinline__ uint32_t exchange(uint32_t own, int warp, int warps, int ctas, int n) {
-    int const lane = threadIdx.x % 32;
-    uint32_t (&numbers)[32] = of_warps[n % 2];
-    if (ctas == 1) {
-      if (lane == 0) numbers[warp] = own;
-      __syncthreads();
-    } else {
-      uint64_t* const all = &arrived[n % 2];
-      if (threadIdx.x == 0) FullBarrier::arrive_and_expect_tx(all, warps * sizeof(uint32_t));
-      if (lane < ctas)
-        cute::store_shared_remote(own, cute::cast_smem_ptr_to_uint(&numbers[warp]),
-                                  cute::cast_smem_ptr_to_uint(all), lane);
-      FullBarrier::wait(all, n / 2 % 2);
-    }
-    return lane < warps ? const_cast<uint32_t volatile&>(numbers[lane]) : 0;
-  }
-};
 
 template <int kColumns>
 struct RowsShared {
@@ -226,7 +186,7 @@ __device__ __forceinline__ void round_tile(RowsArguments const& args, RowsShared
       float dots[kOwn] = {};
       rows.with_vector(shared.other, [&](float& x, float v, int own) { dots[own] += x * v; });
 #pragma unroll
-      for (int own = 0; own < kOwn; ++own) dots[own] = sum_of_quad(dots[own]);
+      for (int own = 0; own < kOwn; ++own) dots[own] = quad_sum(dots[own]);
       write_dots(dots, query_head);
     }
   }
@@ -368,8 +328,7 @@ __global__ void __launch_bounds__(RowsShared<kColumns>::kWarps * 32, rows_min_ct
   int const part = args.tiles.heads.quotient(cluster), head = cluster - part * args.heads;
   int const first = part * args.cta_tiles;
   int const position = first + min_int(args.cta_tiles, args.head_tiles - first) - 1;
-  int const batch = args.tiles.blocks.quotient(position);
-  QuantizeTile tile = {position - batch * args.tiles.blocks.divisor, head, batch};
+  QuantizeTile tile = args.tiles.at(position, head);
   int const own_rows = rank * rows_of_cta(kColumns) + warp * WarpRows<kColumns>::kRows;
   shared.maxima.start(args.cluster);
   wait_for_launches(args.overlap == Overlap::kNone);
