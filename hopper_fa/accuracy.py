@@ -49,13 +49,13 @@ def random_qkv(
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
 
     def draw(*shape: int) -> torch.Tensor:
         x = normal(*shape)
         if distribution == "outliers":
-            hit = torch.rand(shape, generator=generator, device=device) < 0.001
-            x += 10 * normal(*shape) * hit
+            chance = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
+            x += 10 * normal(*shape) * (chance < 0.001)
         return x
 
     q = draw(batch, seqlen_q, heads_q, head_dim)
@@ -66,7 +66,7 @@ def random_qkv(
     elif distribution == "k_offset":
         k += 8 * normal(1, 1, heads_kv, head_dim)
     elif distribution == "one_hot" and seqlen_k > 0:
-        key = torch.arange(seqlen_q, device=device) % seqlen_k
+        key = torch.arange(seqlen_q, dtype=torch.int64, device=device) % seqlen_k
         aligned = k[:, key].repeat_interleave(heads_q // heads_kv, 2)
         q = 16 * aligned * (head_dim**-0.5)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -117,7 +117,8 @@ def study_inputs(
     generator = torch.Generator(device).manual_seed(seed + 2**31)
     for t, biased in ((k, kind in ("k_bias", "qk_bias")), (q, kind == "qk_bias")):
         if biased:
-            t += 3 * torch.randn(1, 1, heads, head_dim, generator=generator, device=device)
+            size = (1, 1, heads, head_dim)
+            t += 3 * torch.randn(size, generator=generator, dtype=torch.float32, device=device)
     v += 1.0 if kind == "long" else v_mean
     return q, k, v
 

@@ -166,7 +166,7 @@ def flash_attn_quantized_func(
 
     Returns and raises: as `flash_attn_func`.
     """
-    out, lse = backends.run_quantized(qkv, softmax_scale, causal, out_dtype, backend)
+    out, lse = backends.run_quantized(qkv.resolved(), softmax_scale, causal, out_dtype, backend)
     return (out, lse) if return_lse else out
 
 

@@ -9,17 +9,28 @@ import torch
 from hopper_fa import emulator, emulator_backward, emulator_fp8, kernels, quantize_kernels, reference
 from hopper_fa.quantization import QuantizedQKV, quantize_qkv
 from hopper_fa.recipe import Fp8Recipe
-from hopper_fa.validation import check_backward, check_forward, check_out_dtype, check_softmax, loadable
+from hopper_fa.validation import (
+    check_backward,
+    check_forward,
+    check_out_dtype,
+    check_softmax,
+    loadable,
+    resolved,
+)
 
 BACKENDS = ("auto", "cuda", "emulator", "reference")
 ENVIRONMENT_VARIABLE = "HOPPER_FA_BACKEND"
 
 
 def unpack(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v, as views, of (q, k, v), of (q, kv) or of (qkv,); packed ones have them in dimension 2."""
+    """q, k and v, as views, of (q, k, v), of (q, kv) or of (qkv,); packed ones have them in dimension 2.
+
+    They are copies where the tensors' memory does not hold their values, see `validation.resolved`.
+    """
     if len(tensors) == 3:
-        return tuple(tensors)
-    *q, packed = tensors
+        q, k, v = tensors
+        return resolved(q), resolved(k), resolved(v)
+    *q, packed = map(resolved, tensors)
     return (*q, *packed.unbind(2))
 
 
@@ -86,6 +97,8 @@ def run_backward(
     q, k, v = unpack(tensors)
     check_forward(q, k, v, softmax_scale, causal)
     check_backward(dout, dlse, q, out, lse)
+    dout, out, lse = resolved(dout), resolved(out), resolved(lse)
+    dlse = None if dlse is None else resolved(dlse)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()

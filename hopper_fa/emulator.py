@@ -81,7 +81,8 @@ def attention_emulated(
 
 def log2_scale(softmax_scale: float) -> float:
     """softmax_scale * log2 e, both and their product in float32, as the kernels have it."""
-    return (torch.tensor(softmax_scale, dtype=torch.float32) * torch.tensor(LOG2_E)).item()
+    factors = torch.tensor([softmax_scale, LOG2_E], dtype=torch.float32, device="cpu")
+    return (factors[0] * factors[1]).item()
 
 
 def positive_log2_scale(softmax_scale: float) -> float:
@@ -115,11 +116,11 @@ def key_blocks(
         kernels.block_range(row, _ROWS, seqlen_q, seqlen_k, causal, block_n)[0]
         for row in range(0, rows, _ROWS)
     ]
-    last_key = torch.arange(rows, device=device) + (seqlen_k - seqlen_q)
+    last_key = torch.arange(rows, dtype=torch.int64, device=device) + (seqlen_k - seqlen_q)
     for block in reversed(range(max(ends, default=0))):
         first_row = _ROWS * next(i for i, end in enumerate(ends) if end > block)
         keys = slice(block * block_n, min((block + 1) * block_n, seqlen_k))
-        columns = torch.arange(keys.start, keys.stop, device=device)
+        columns = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=device)
         yield first_row, keys, columns > last_key[first_row:, None] if causal else None
 
 
@@ -153,7 +154,7 @@ def _probabilities(
     x = scores.double().mul_(scale_log2).add_(bias[..., None]).float()
     if fma_exp2_octets == 0:
         return x.exp2_()
-    octet = torch.arange(x.shape[-1], device=x.device) // 8 % 8
+    octet = torch.arange(x.shape[-1], dtype=torch.int64, device=x.device) // 8 % 8
     return torch.where(octet < fma_exp2_octets, exp2_polynomial(x), x.exp2())
 
 

@@ -56,12 +56,13 @@ def gradients_emulated(
     bias = (lse32 * -LOG2_E).masked_fill_(empty, 0.0)
 
     dq, dk, dv = torch.zeros_like(q32), torch.zeros_like(k32), torch.zeros_like(v32)
-    keys = torch.arange(k32.shape[2] * block_n, device=q.device).view(-1, 1, block_n)
+    keys = torch.arange(k32.shape[2] * block_n, dtype=torch.int64, device=q.device).view(-1, 1, block_n)
     for head in range(q32.shape[2]):
         for start in range(0, seqlen_q, block_m):
             rows = (slice(None), slice(None), head, slice(start, start + block_m))
             q_rows, dout_rows = (t[rows].unsqueeze(2) for t in (q32, dout32))  # (batch, heads_kv, 1, rows, d)
-            row = torch.arange(start, start + q_rows.shape[-2], device=q.device)[:, None]
+            stop = start + q_rows.shape[-2]
+            row = torch.arange(start, stop, dtype=torch.int64, device=q.device)[:, None]
             last_key = row + (seqlen_k - seqlen_q) if causal else seqlen_k - 1
             hidden = (keys > last_key) | (keys >= seqlen_k) | empty[rows].unsqueeze(2)
 

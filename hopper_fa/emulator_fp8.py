@@ -19,7 +19,7 @@ from hopper_fa.tensor_core import HOPPER, Accumulator
 MAGIC = 1.5 * 2**23
 
 # What the kernel adds to eight times the logarithm of P for its e4m3 code, in float32.
-CODE_OF_ONE = torch.tensor(56.0 - kernels.EXP2_LINEAR_MEAN).item()
+CODE_OF_ONE = torch.tensor(56.0 - kernels.EXP2_LINEAR_MEAN, dtype=torch.float32, device="cpu").item()
 
 ACCUMULATORS = ("auto", "tensor_core", "fp32")
 

@@ -127,7 +127,8 @@ class _Workspaces:
     def __init__(self, device: int) -> None:
         self._device = device
         # NOTE: a copy from pageable memory ends before it returns: every stream finds the zeros.
-        self._slots = torch.zeros(self._SLOTS, self._SLOT_INTS, dtype=torch.int32).to(f"cuda:{device}")
+        zeros = torch.zeros(self._SLOTS, self._SLOT_INTS, dtype=torch.int32, device="cpu")
+        self._slots = zeros.to(f"cuda:{device}")
         self._used = itertools.count()
         self._of_stream: dict[int, torch.Tensor] = {}
 
@@ -348,7 +349,7 @@ def forward_fp8(
     flush = None
     if floats := FORWARD_TILES[instance[1]]["flush_floats"]:
         sms = torch.cuda.get_device_properties(index).multi_processor_count
-        flush = torch.empty(sms * floats, device=qkv.q.device)
+        flush = torch.empty(sms * floats, dtype=torch.float32, device=qkv.q.device)
     stream = torch._C._cuda_getCurrentRawStream(index)
     # fmt: off
     status = _C.forward_fp8(

@@ -6,14 +6,14 @@ asks for is in hopper_fa/recipe.py.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
 from hopper_fa.token_stats import mean_error, sampled_tokens, token_mean, tree_sum
-from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes
+from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes, resolved
 
 PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
 _SIXTEEN = 16  # columns that the rotation's first step mixes
@@ -24,6 +24,7 @@ _SMALLEST_AMAX = 2.0**-100
 # so much larger. Codes are denormal below 1/896 of the sample's maximum, and the largest is not 448 exactly.
 _HEADROOM = 32
 _SATURATES = 432.0  # from here on all is rounded to 448
+_E4M3_ONE = 0x38  # the code of 1
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,18 @@ class QuantizedQKV:
         else:
             bias = torch.nn.functional.pad(self.key_bias, padding).unflatten(-1, (-1, K_BLOCK)).contiguous()
         return k_scale.contiguous(), bias
+
+    @cached_property
+    def is_resolved(self) -> bool:
+        """Whether every tensor's memory holds its values; see `validation.resolved`."""
+        return all(resolved(t) is t for t in vars(self).values() if isinstance(t, torch.Tensor))
+
+    def resolved(self) -> "QuantizedQKV":
+        """This, or a copy of it of which `is_resolved` is true."""
+        if self.is_resolved:
+            return self
+        tensors = {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return replace(self, **{name: resolved(t) for name, t in tensors.items()})
 
     def v_codes(self) -> torch.Tensor:
         """V as it was rounded, unscaled: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn."""
@@ -224,15 +237,16 @@ def from_fp8(
                 "pass unquantised tensors."
             )
     check_fp8_shapes(q, k, v)
+    q, k, v = resolved(q), resolved(k), resolved(v)
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_k, heads_kv = k.shape[1:3]
     scales = []
     for name, descale in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
         if descale is None:
-            scales.append(torch.ones(batch, heads_kv, device=q.device))
+            scales.append(torch.ones(batch, heads_kv, dtype=torch.float32, device=q.device))
         else:
             check_descale(name, descale, k)
-            scales.append(descale)
+            scales.append(resolved(descale))
     q_scale, k_scale, v_scale = (scale[..., None] for scale in scales)
     return QuantizedQKV(
         q=_pad_channels(q),
@@ -253,8 +267,9 @@ def from_fp8(
 
 def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
     """The rotation's random signs: (head_dim,) float32 of +-1, the same on every machine."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (head_dim,), generator=generator).mul_(2).sub_(1).float()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    bits = torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.int64, device="cpu")
+    return bits.mul_(2).sub_(1).float()
 
 
 def smooth_and_rotate(
@@ -275,7 +290,7 @@ def smooth_and_rotate(
         rows = rows - _butterflies(mean * signs, blocks, 1)
     if len(blocks) == 1:
         return rows, 1 / math.sqrt(blocks[0])
-    norms = [torch.full((size,), 1 / math.sqrt(size), device=x.device) for size in blocks]
+    norms = [torch.full_like(signs[:size], 1 / math.sqrt(size)) for size in blocks]
     return rows * torch.cat(norms), 1.0
 
 
@@ -415,7 +430,7 @@ def _transposed_v(codes: torch.Tensor) -> torch.Tensor:
     tile_d = max(64, 1 << (head_dim - 1).bit_length())
     rows = codes.new_zeros(batch, heads, tile_d + 1, -(-seqlen // PITCH) * PITCH, dtype=torch.uint8)
     rows[:, :, :head_dim, :seqlen] = codes.view(torch.uint8)
-    rows[:, :, tile_d, :seqlen] = torch.ones((), dtype=codes.dtype).view(torch.uint8)
+    rows[:, :, tile_d, :seqlen] = _E4M3_ONE
     return _permute_keys(rows).view(codes.dtype)
 
 

@@ -12,6 +12,7 @@ import torch
 from hopper_fa.kernels import _C, DTYPE_NAMES, STATUS_SENTENCES
 from hopper_fa.quantization import PITCH, QuantizedQKV, rotation_signs
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
+from hopper_fa.validation import resolved
 
 # Input types ("bf16", "fp16", "e4m3") that this build holds kernels for.
 DTYPES: tuple[str, ...] = tuple(_C.quantize_dtypes())
@@ -274,7 +275,8 @@ def _pointer(t: torch.Tensor | None) -> int:
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
-    """`t`, copied if the kernels could not read its rows 16 bytes at a time."""
+    """`t`, copied if the kernels could not read its rows 16 bytes at a time; see also `validation.resolved`."""
+    t = resolved(t)
     *strides, last = t.stride()
     sound = last == 1 and t.data_ptr() % 16 == 0
     if sound and any(stride % 8 for stride in strides):

@@ -85,8 +85,8 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool) -> tor
     scores = scale * (q @ k.transpose(-1, -2))  # (batch, heads_q, seqlen_q, seqlen_k)
     if causal:
         seqlen_q, seqlen_k = scores.shape[-2:]
-        row = torch.arange(seqlen_q, device=q.device)[:, None]
-        key = torch.arange(seqlen_k, device=q.device)[None, :]
+        row = torch.arange(seqlen_q, dtype=torch.int64, device=q.device)[:, None]
+        key = torch.arange(seqlen_k, dtype=torch.int64, device=q.device)[None, :]
         scores = scores.masked_fill(key > row + seqlen_k - seqlen_q, float("-inf"))
     return scores
 

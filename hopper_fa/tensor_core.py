@@ -72,7 +72,9 @@ class Accumulator:
             largest = torch.maximum(largest, acc.abs())
         # Exact powers of two; where all terms are below 2**-100 it does not matter where they are cut.
         exponent = (torch.frexp(largest).exponent - 1).clamp_(-100, 100)
-        unit = torch.ldexp(torch.ones_like(largest), exponent - self.fraction_bits)
+        # NOTE: torch.ldexp raises 2 to them in torch's default dtype.
+        biased = exponent.long() + (1023 - self.fraction_bits)
+        unit = (biased << 52).view(torch.float64).float()
         per_unit = 1 / unit
         total = products.mul_(per_unit[..., None, :]).trunc_().sum(-2)  # below 2**24, so exact
         if self.joins_alignment:
@@ -110,10 +112,10 @@ def probe_operands(
     """
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
 
     a, b = normal(problems, 64, k), normal(problems, 8, k)
-    c = torch.zeros(problems, 64, 8, device=generator.device)
+    c = torch.zeros(problems, 64, 8, dtype=torch.float32, device=generator.device)
     if name == "positive":  # one-signed sums, as of P V where V has a mean
         a, b = a.abs() * 64, b.abs() + 1
     elif name == "ones":

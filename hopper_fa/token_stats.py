@@ -16,7 +16,7 @@ def sampled_tokens(seqlen: int, shift: int) -> torch.Tensor:
     One in each whole group of 2**shift neighbours, by a multiplicative hash of the group's number, so that no
     short period of the tokens (a rotary embedding's, a pattern's) meets one of the sample.
     """
-    group = torch.arange(seqlen >> shift)
+    group = torch.arange(seqlen >> shift, dtype=torch.int64, device="cpu")
     return (group << shift) + (group * 0x9E3779B1 % 2**32 >> 32 - shift)
 
 

@@ -188,6 +188,21 @@ def check_memory(name: str, t: torch.Tensor) -> None:
         )
 
 
+def resolved(t: torch.Tensor) -> torch.Tensor:
+    """t, or a copy of it if its memory does not hold its values.
+
+    That is so where torch has put off a negation (the imaginary part of a conjugated complex tensor), or made
+    zeros without memory.
+    """
+    return _materialised(t) if t.is_neg() or t._is_zerotensor() else t
+
+
+def _materialised(t: torch.Tensor) -> torch.Tensor:
+    if t.is_neg() and t.dtype == torch.float8_e4m3fn:  # of which torch has no negation
+        return (torch._neg_view(t).view(torch.uint8) ^ 0x80).view(t.dtype)
+    return t.clone()
+
+
 def loadable(t: torch.Tensor) -> torch.Tensor:
     """t, or a contiguous copy of it if TMA cannot take its strides or alignment (see `check_memory`)."""
     try:
