@@ -53,7 +53,17 @@ set(HOPPER_FA_BACKWARD_INSTANCES
     "bf16|256|default"
     "fp16|64|default"
     "fp16|128|default"
-    "fp16|256|default")
+    "fp16|256|default"
+    "bf16|64|quantized"
+    "bf16|128|quantized"
+    "bf16|256|quantized"
+    "fp16|64|quantized"
+    "fp16|128|quantized"
+    "fp16|256|quantized"
+    "bf16|64|quantized_rows"
+    "bf16|128|quantized_rows"
+    "fp16|64|quantized_rows"
+    "fp16|128|quantized_rows")
 
 # Built only with -DHOPPER_FA_EXPERIMENTS=ON.
 set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES

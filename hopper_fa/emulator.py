@@ -29,6 +29,7 @@ def attention_emulated(
     *,
     fma_exp2_octets: int | None = None,
     rescale_threshold: float | None = None,
+    peak_bits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with the numerics of the CUDA kernel, vectorised over all but the key blocks.
 
@@ -37,8 +38,8 @@ def attention_emulated(
         k, v: (batch, seqlen_k, heads_kv, head_dim), heads_q a multiple of heads_kv.
         softmax_scale: factor on the scores; None means 1 / sqrt(head_dim).
         causal: bottom-right aligned causal mask.
-        variant: of the tile table, which gives block_n, rescale_threshold and fma_exp2_octets.
-        fma_exp2_octets, rescale_threshold: in place of the tile table's, to study what they change.
+        variant: of the tile table, which gives block_n, rescale_threshold, peak_bits and fma_exp2_octets.
+        fma_exp2_octets, rescale_threshold, peak_bits: in place of the tile table's, to study what they change.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim) in q's dtype and lse (batch, heads_q, seqlen_q) float32; 0
@@ -50,6 +51,7 @@ def attention_emulated(
     block_n = tile["block_n"]
     octets = tile["fma_exp2_octets"] if fma_exp2_octets is None else fma_exp2_octets
     threshold = tile["rescale_threshold"] if rescale_threshold is None else rescale_threshold
+    peak_bits = tile["peak_bits"] if peak_bits is None else peak_bits
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     scale_log2 = positive_log2_scale(scale)
 
@@ -66,7 +68,8 @@ def attention_emulated(
         if hidden is not None:
             s.masked_fill_(hidden, float("-inf"))
         sums = row_sum[visiting], out[..., first_row:, :]
-        rescale(row_max[visiting], s, scale_log2, threshold, *sums)
+        lag = _allowed_lag(row_sum[visiting], peak_bits, threshold)
+        rescale(row_max[visiting], s, scale_log2, lag, *sums)
         p = _probabilities(s, row_max[visiting], scale_log2, octets)
         row_sum[visiting] += p.sum(-1)
         out[..., first_row:, :] += p.to(q.dtype).float() @ v32[..., keys, :]
@@ -124,14 +127,27 @@ def key_blocks(
         yield first_row, keys, columns > last_key[first_row:, None] if causal else None
 
 
+def _allowed_lag(row_sum: torch.Tensor, peak_bits: int, threshold: float) -> torch.Tensor:
+    """Growth of each row's maximum, in log2, that the row need not follow: see OnlineSoftmax in softmax.cuh.
+
+    Until a new maximum's P is 2**-peak_bits of row_sum, by a logarithm that is linear between powers of two.
+    """
+    log2_part = row_sum.view(torch.int32).float().mul_(2.0**-23).sub_(127 + peak_bits)
+    return log2_part.clamp_(min=0.0).clamp_(max=threshold)
+
+
 def rescale(
-    row_max: torch.Tensor, scores: torch.Tensor, scale_log2: float, threshold: float, *sums: torch.Tensor
+    row_max: torch.Tensor,
+    scores: torch.Tensor,
+    scale_log2: float,
+    threshold: float | torch.Tensor,
+    *sums: torch.Tensor,
 ) -> None:
     """Lazy rescaling, in place: a row follows its maximum once that outgrew the threshold.
 
     Args:
         row_max: (..., rows), what P is relative to; scores: (..., rows, keys), -inf where masked.
-        scale_log2: from their units to log2. threshold: in log2.
+        scale_log2: from their units to log2. threshold: in log2, one for all or (..., rows).
         sums: (..., rows) or (..., rows, d), what was summed relative to row_max so far.
     """
     new_max = torch.maximum(row_max, scores.amax(-1))

@@ -272,6 +272,83 @@ def backward(
         raise RuntimeError(f"hopper_fa backward was not launched: {STATUS_SENTENCES[status]}.")
 
 
+def backward_quantized(
+    dout: torch.Tensor,
+    qkv: QuantizedQKV,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    signs: bytes,
+) -> None:
+    """`backward` of attention over 8-bit tensors: from the forward's codes, so that P is the forward's P.
+
+    The products run in 16 bits. Takes scratch for Q, K and V in 16 bits, and that of `backward` with one
+    number a query row more.
+
+    Args:
+        dout, out: gradient and output of the forward, bfloat16 or float16. lse, dlse: as for `backward`.
+        qkv: what the forward ran on, without `quantized_backward_problem`.
+        dq, dk, dv: (batch, seqlen, heads, head_dim) in out's dtype, written: gradients of the unquantised
+            tensors, straight through the rounding.
+        signs: of the rotation, see `quantization.sign_bits`; looked at if the recipe rotates.
+
+    Raises:
+        RuntimeError: no instance is built for the dtype and head dim, or the launch was refused.
+    """
+    batch, seqlen_q, heads_q, head_dim = dq.shape
+    _, seqlen_k, heads_kv, _ = dk.shape
+    variant = quantized_backward_variant(qkv.recipe, head_dim)
+    tile = backward_tile(head_dim, variant)
+    if DTYPE_NAMES[out.dtype] not in tile["dtypes"]:
+        raise RuntimeError(_not_built(out.dtype, head_dim, variant, "backward", BACKWARD_TILES))
+    index = out.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return backward_quantized(
+                dout, qkv, out, lse, dlse, dq, dk, dv, softmax_scale, causal, deterministic, signs
+            )
+    sum_floats, row_floats, turn_ints = _C.backward_workspace(tile["tile"], batch, seqlen_q, heads_q)
+    floats = torch.empty(sum_floats + row_floats, dtype=torch.float32, device=out.device)
+    turns = torch.empty(turn_ints, dtype=torch.int32, device=out.device)
+    # NOTE: as dq, dk and dv, which have the same sizes; but those may be parts of one packed tensor.
+    wide = [torch.empty(t.shape, dtype=out.dtype, device=out.device) for t in (dq, dk, dv)]
+    # fmt: off
+    status = _C.backward_quantized(
+        _C.DTYPES[DTYPE_NAMES[out.dtype]], tile["tile"],
+        *((t.data_ptr(), *t.stride()[:3]) for t in (*wide, out, dout, dq, dk, dv)),
+        lse.data_ptr(), 0 if dlse is None else dlse.data_ptr(),
+        floats.data_ptr(), floats.data_ptr() + 4 * sum_floats, turns.data_ptr(),
+        batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, softmax_scale, causal, deterministic,
+        torch._C._cuda_getCurrentRawStream(index),
+        _C.DTYPES[qkv.recipe.qk_dtype], qkv.q.data_ptr(), qkv.k.data_ptr(), qkv.v.data_ptr(), qkv.v.shape[2],
+        (qkv.q_scale.data_ptr(), *qkv.q_scale.stride()), (qkv.k_scale.data_ptr(), *qkv.k_scale.stride()),
+        qkv.q_group_rows, qkv.k_group_rows,
+        *(0 if t is None else t.data_ptr() for t in (qkv.v_scale, qkv.v_mean, qkv.lse_shift, qkv.k_mean)),
+        qkv.recipe.rotation == "hadamard", signs,
+    )
+    # fmt: on
+    if status != _STATUS_OK:
+        raise RuntimeError(f"hopper_fa backward was not launched: {STATUS_SENTENCES[status]}.")
+
+
+def quantized_backward_variant(recipe: Fp8Recipe, head_dim: int) -> str:
+    """The variant of the backward's tile table that runs the recipe."""
+    return "quantized_rows" if recipe.q_granularity == "token" and head_dim <= 128 else "quantized"
+
+
+def quantized_backward_problem(recipe: Fp8Recipe) -> str | None:
+    """What `backward_quantized` cannot do of a recipe, or None. The emulator can do all of it."""
+    if recipe.has_key_vectors:
+        return 'no smooth_q, and k_granularity "none", "tensor", "head" or "block"'
+    return None
+
+
 def fp8_variant(recipe: Fp8Recipe, head_dim: int) -> str | None:
     """The tile-table variant that runs the recipe; None if none does. The emulator runs all of them."""
     interval = recipe.interval(head_dim)

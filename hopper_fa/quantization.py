@@ -5,6 +5,7 @@ tensor core adds in the kernel, `_mix_sixteens` and `token_stats.mean_error` add
 asks for is in hopper_fa/recipe.py.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,6 +51,8 @@ class QuantizedQKV:
             a row, before softmax_scale; None without smooth_k.
         key_bias: (batch, heads_q, seqlen_k) float32, mean(q) . (k - mean(k)): what smooth_q took out of the
             scores of a key, before softmax_scale; None without smooth_q.
+        q_mean, k_mean: (batch, heads, head_dim) float32, what smooth_q and smooth_k subtracted, for the
+            backward; None without them.
     """
 
     q: torch.Tensor
@@ -65,6 +68,8 @@ class QuantizedQKV:
     head_dim: int
     seqlen_q: int
     seqlen_k: int
+    q_mean: torch.Tensor | None = None
+    k_mean: torch.Tensor | None = None
 
     @property
     def q_group_rows(self) -> int:
@@ -199,6 +204,8 @@ def quantize_qkv(
         head_dim=head_dim,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
+        q_mean=None if q_mean is None else q_mean[:, :, 0],
+        k_mean=None if k_mean is None else k_mean[:, :, 0],
     )
 
 
@@ -265,6 +272,13 @@ def from_fp8(
     )
 
 
+@functools.lru_cache(maxsize=256)
+def sign_bits(head_dim: int, seed: int) -> bytes:
+    """The rotation's signs, bit i of byte n set where that of channel 8 n + i is negative; 32 bytes."""
+    bits = sum(1 << i for i, sign in enumerate(rotation_signs(head_dim, seed).tolist()) if sign < 0)
+    return bits.to_bytes(32, "little")
+
+
 def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
     """The rotation's random signs: (head_dim,) float32 of +-1, the same on every machine."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -292,6 +306,18 @@ def smooth_and_rotate(
         return rows, 1 / math.sqrt(blocks[0])
     norms = [torch.full_like(signs[:size], 1 / math.sqrt(size)) for size in blocks]
     return rows * torch.cat(norms), 1.0
+
+
+def rotate_back(x: torch.Tensor, signs: torch.Tensor | None) -> torch.Tensor:
+    """Rows x (..., head_dim) from the basis of `smooth_and_rotate` to the tensor's own; signs None: as they are.
+
+    The rotation is orthogonal, so this is its transpose too: gradients go back the same way.
+    """
+    if signs is None:
+        return x
+    blocks = _hadamard_blocks(x.shape[-1])
+    norms = [x.new_full((size,), 1 / math.sqrt(size)) for size in blocks]
+    return _butterflies(x, blocks, 1) * (torch.cat(norms) * signs.to(x.device, x.dtype))
 
 
 def _hadamard_blocks(head_dim: int) -> list[int]:

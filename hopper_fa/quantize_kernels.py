@@ -3,14 +3,13 @@
 Those two are float32 sums over head_dim in another order.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from hopper_fa.kernels import _C, DTYPE_NAMES, STATUS_SENTENCES
-from hopper_fa.quantization import PITCH, QuantizedQKV, rotation_signs
+from hopper_fa.quantization import PITCH, QuantizedQKV, sign_bits
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK, Fp8Recipe
 from hopper_fa.validation import resolved
 
@@ -86,6 +85,8 @@ def quantize_qkv(
         head_dim=head_dim,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
+        q_mean=of_q.mean,
+        k_mean=of_k.mean,
     )
 
 
@@ -197,7 +198,7 @@ def quantize_rows(
     if granularity not in _ONE_PASS:
         amax = torch.empty(max(1, batch * heads), 2, dtype=torch.int32, device=x.device)
     rotate = recipe.rotation == "hadamard"
-    signs = _sign_bits(head_dim, recipe.rotation_seed) if rotate else b""
+    signs = sign_bits(head_dim, recipe.rotation_seed) if rotate else b""
 
     def launch() -> None:
         # fmt: off
@@ -261,13 +262,6 @@ def _empty_v(v: torch.Tensor) -> torch.Tensor:
     batch, seqlen, heads, head_dim = v.shape
     shape = (batch, heads, _C.tile_columns(head_dim) + 1, -(-seqlen // PITCH) * PITCH)
     return torch.empty(shape, dtype=torch.float8_e4m3fn, device=v.device)
-
-
-@functools.lru_cache(maxsize=256)
-def _sign_bits(head_dim: int, seed: int) -> bytes:
-    """The rotation's signs, bit i of byte n set where that of channel 8 n + i is negative."""
-    bits = sum(1 << i for i, sign in enumerate(rotation_signs(head_dim, seed).tolist()) if sign < 0)
-    return bits.to_bytes(32, "little")
 
 
 def _pointer(t: torch.Tensor | None) -> int:

@@ -52,6 +52,7 @@ py::dict tile_dict(int index) {
   d["overlap"] = t.overlap;
   d["fma_exp2_octets"] = t.fma_exp2_octets;
   d["rescale_threshold"] = t.rescale_threshold;
+  d["peak_bits"] = t.peak_bits;
   d["element_bytes"] = t.element_bytes;
   d["pv_parts"] = t.pv_parts;
   d["tma_store"] = t.store != Store::kPlain;
@@ -95,6 +96,7 @@ std::vector<py::dict> backward_tiles() {
     d["consumer_registers"] = t.consumer_registers;
     d["split"] = t.split;
     d["dq_registers"] = t.dq_registers;
+    d["quantized"] = t.factors != Factors::kNone;
     d["threads"] = backward_threads(t);
     d["shared_memory"] = backward_shared_memory(t);
     std::vector<std::string> dtypes;
@@ -153,6 +155,87 @@ TensorRef tensor_ref(Strided const& t) {
   return std::apply([](auto... x) { return tensor_ref(x...); }, t);
 }
 
+// Pointer, batch, head and group stride.
+using Scale = std::tuple<std::uintptr_t, int, int, int>;
+
+ScaleRef scale_ref(Scale const& s) {
+  return {reinterpret_cast<float const*>(std::get<0>(s)), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
+}
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+BackwardParams backward_params(int dtype, int tile, Strided const& q, Strided const& k, Strided const& v,
+                               Strided const& out, Strided const& dout, Strided const& dq, Strided const& dk,
+                               Strided const& dv, std::uintptr_t lse, std::uintptr_t dlse,
+                               std::uintptr_t dq_sum, std::uintptr_t rows, std::uintptr_t turns, int batch,
+                               int seqlen_q, int seqlen_k, int heads_q, int heads_kv, int head_dim,
+                               float softmax_scale, bool causal, bool deterministic) {
+  BackwardParams p{};
+  p.dtype = static_cast<DType>(dtype);
+  p.tile = tile;
+  p.q = tensor_ref(q);
+  p.k = tensor_ref(k);
+  p.v = tensor_ref(v);
+  p.out = tensor_ref(out);
+  p.dout = tensor_ref(dout);
+  p.dq = tensor_ref(dq);
+  p.dk = tensor_ref(dk);
+  p.dv = tensor_ref(dv);
+  p.lse = pointer<float const>(lse);
+  p.dlse = pointer<float const>(dlse);
+  p.dq_sum = pointer<float>(dq_sum);
+  p.rows = pointer<float>(rows);
+  p.turns = pointer<int>(turns);
+  p.batch = batch;
+  p.seqlen_q = seqlen_q;
+  p.seqlen_k = seqlen_k;
+  p.heads_q = heads_q;
+  p.heads_kv = heads_kv;
+  p.head_dim = head_dim;
+  p.softmax_scale = softmax_scale;
+  p.causal = causal;
+  p.deterministic = deterministic;
+  return p;
+}
+
+// backward(..., stream), and backward_quantized(..., stream, dtype of the codes, then the other members of
+// BackwardCodes in their order), where ... are the arguments of backward_params.
+template <class... Args>
+void def_backward(py::module_& m, BackwardParams (*make)(Args...)) {
+  m.def("backward", [=](Args... args, std::uintptr_t stream) {
+    return static_cast<int>(run_backward(make(args...), pointer<CUstream_st>(stream)));
+  });
+  m.def("backward_quantized",
+        [=](Args... args, std::uintptr_t stream, int code_dtype, std::uintptr_t q, std::uintptr_t k,
+            std::uintptr_t v, int v_channels, Scale const& q_scale, Scale const& k_scale, int q_group_rows,
+            int k_group_rows, std::uintptr_t v_scale, std::uintptr_t v_mean, std::uintptr_t lse_shift,
+            std::uintptr_t k_mean, bool rotated, std::string const& signs) {
+          BackwardCodes codes{};
+          if (signs.size() > sizeof(codes.signs)) return static_cast<int>(Status::kInvalidArgument);
+          codes.dtype = static_cast<DType>(code_dtype);
+          codes.q = pointer<void const>(q);
+          codes.k = pointer<void const>(k);
+          codes.v = pointer<void const>(v);
+          codes.v_channels = v_channels;
+          codes.q_scale = scale_ref(q_scale);
+          codes.k_scale = scale_ref(k_scale);
+          codes.q_group_rows = q_group_rows;
+          codes.k_group_rows = k_group_rows;
+          codes.v_scale = pointer<float const>(v_scale);
+          codes.v_mean = pointer<float const>(v_mean);
+          codes.lse_shift = pointer<float const>(lse_shift);
+          codes.k_mean = pointer<float const>(k_mean);
+          codes.rotated = rotated;
+          std::memcpy(codes.signs, signs.data(), signs.size());
+          BackwardParams p = make(args...);
+          p.codes = &codes;
+          return static_cast<int>(run_backward(p, pointer<CUstream_st>(stream)));
+        });
+}
+
 void bind_backward(py::module_& m) {
   m.def("backward_tiles", &backward_tiles);
   m.def("backward_workspace", [](int tile, int batch, int seqlen_q, int heads_q) {
@@ -174,46 +257,7 @@ void bind_backward(py::module_& m) {
           }
           return steps;
         });
-  m.def("backward",
-        [](int dtype, int tile, Strided const& q, Strided const& k, Strided const& v, Strided const& out,
-           Strided const& dout, Strided const& dq, Strided const& dk, Strided const& dv, std::uintptr_t lse,
-           std::uintptr_t dlse, std::uintptr_t dq_sum, std::uintptr_t rows, std::uintptr_t turns, int batch,
-           int seqlen_q, int seqlen_k, int heads_q, int heads_kv, int head_dim, float softmax_scale,
-           bool causal, bool deterministic, std::uintptr_t stream) {
-          BackwardParams p{};
-          p.dtype = static_cast<DType>(dtype);
-          p.tile = tile;
-          p.q = tensor_ref(q);
-          p.k = tensor_ref(k);
-          p.v = tensor_ref(v);
-          p.out = tensor_ref(out);
-          p.dout = tensor_ref(dout);
-          p.dq = tensor_ref(dq);
-          p.dk = tensor_ref(dk);
-          p.dv = tensor_ref(dv);
-          p.lse = reinterpret_cast<float const*>(lse);
-          p.dlse = reinterpret_cast<float const*>(dlse);
-          p.dq_sum = reinterpret_cast<float*>(dq_sum);
-          p.rows = reinterpret_cast<float*>(rows);
-          p.turns = reinterpret_cast<int*>(turns);
-          p.batch = batch;
-          p.seqlen_q = seqlen_q;
-          p.seqlen_k = seqlen_k;
-          p.heads_q = heads_q;
-          p.heads_kv = heads_kv;
-          p.head_dim = head_dim;
-          p.softmax_scale = softmax_scale;
-          p.causal = causal;
-          p.deterministic = deterministic;
-          return static_cast<int>(run_backward(p, reinterpret_cast<CUstream_st*>(stream)));
-        });
-}
-
-// Pointer, batch, head and group stride.
-using Scale = std::tuple<std::uintptr_t, int, int, int>;
-
-ScaleRef scale_ref(Scale const& s) {
-  return {reinterpret_cast<float const*>(std::get<0>(s)), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
+  def_backward(m, &backward_params);
 }
 
 // forward(..., stream) and forward_fp8(..., stream, out_dtype, q_scale, q_group_rows, k_scale, v_scale,
@@ -246,11 +290,6 @@ void def_forward(py::module_& m, ForwardParams (*make)(Args...)) {
           p.fp8.flush = reinterpret_cast<float*>(flush);
           return run(p, stream);
         });
-}
-
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 // Input types ("bf16", "fp16", "e4m3") that this binary holds quantisation kernels for.

@@ -30,6 +30,20 @@ Instance const* find(DType dtype, int tile) {
 
 bool misaligned(void const* data) { return reinterpret_cast<uintptr_t>(data) % 16 != 0; }
 
+// Whether the codes are what the tile takes.
+bool codes_fit(BackwardParams const& p) {
+  BackwardTile const& t = kBackwardTiles[p.tile];
+  if (!p.codes) return t.factors == Factors::kNone;
+  BackwardCodes const& c = *p.codes;
+  bool const rows = p.batch > 0 && p.seqlen_q > 0, keys = p.batch > 0 && p.seqlen_k > 0;
+  bool const blocks = c.q_group_rows % 64 == 0 || c.q_group_rows >= p.seqlen_q;
+  return (t.factors == Factors::kRow || (t.factors == Factors::kBlock && blocks)) && is_8bit(c.dtype) &&
+         c.q_group_rows > 0 && c.k_group_rows > 0 &&
+         (c.k_group_rows % 128 == 0 || c.k_group_rows >= p.seqlen_k) && c.v_channels >= p.head_dim &&
+         (!rows || (c.q && c.q_scale.data && !misaligned(c.q))) &&
+         (!keys || (c.k && c.v && c.k_scale.data && c.v_scale && !misaligned(c.k) && !misaligned(c.v)));
+}
+
 }  // namespace
 
 bool has_backward(DType dtype, int tile) { return find(dtype, tile) != nullptr; }
@@ -37,7 +51,7 @@ bool has_backward(DType dtype, int tile) { return find(dtype, tile) != nullptr; 
 BackwardWorkspace backward_workspace(int tile, int batch, int seqlen_q, int heads_q) {
   BackwardTile const& t = kBackwardTiles[tile];
   int64_t const blocks = int64_t(batch) * heads_q * ceil_div(seqlen_q, t.block_m);
-  return {blocks * t.block_m * t.head_dim, blocks * t.block_m * 2, blocks * 2};
+  return {blocks * t.block_m * t.head_dim, blocks * t.block_m * (t.factors == Factors::kNone ? 2 : 3), blocks * 2};
 }
 
 Status run_backward(BackwardParams const& p, CUstream_st* stream) {
@@ -48,6 +62,7 @@ Status run_backward(BackwardParams const& p, CUstream_st* stream) {
       (p.batch > 0 && p.heads_q > 0 && p.seqlen_q > 0 &&
        (!p.turns || misaligned(p.dq_sum) || misaligned(p.rows))))
     return Status::kInvalidArgument;
+  if (!codes_fit(p)) return Status::kInvalidArgument;
   // Frameworks put any address into a tensor without elements.
   if (p.batch > 0 && p.seqlen_q > 0)
     for (TensorRef const* t : {&p.q, &p.out, &p.dout, &p.dq})

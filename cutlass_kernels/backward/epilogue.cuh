@@ -1,6 +1,7 @@
 // Gradients of 64 rows: registers to global memory.
 #pragma once
 
+#include "backward/codes.cuh"
 #include "backward/traits.cuh"
 #include "common/fragment.cuh"
 
@@ -31,6 +32,20 @@ __device__ __forceinline__ void store_rows(Strided const& to, int batch, int hea
             make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
+}
+
+// dK (kOfK) or dV of 64 keys from first_key on, whose sum is x.
+template <class Traits, bool kOfK, class Gradient>
+__device__ __forceinline__ void store_key_gradient(BackwardArguments const& args,
+                                                   typename Traits::SharedStorage const& shared,
+                                                   int first_key, Gradient& x) {
+  float factor = kOfK ? args.softmax_scale : 1.f;
+  if constexpr (Traits::kQuantized && kOfK) {
+    factor = 0.693147180559945309f / shared.key_factor;
+    if (args.codes.rotated) rotate_back(x, args.head_dim, args.codes.signs);
+  }
+  store_rows<typename Traits::Element>(kOfK ? args.dk : args.dv, shared.tile.batch, shared.tile.head, first_key,
+                                       args.seqlen_k, args.head_dim, x, factor);
 }
 
 }  // namespace hopper_fa

@@ -2,6 +2,7 @@
 // dq_sum.cuh are its parts.
 //
 //   warpgroup 0, warp 0        TMA: K and V once, Q and dO block by block
+//   warpgroup 0, warp 1        of an 8-bit forward: scales the rows' numbers by the keys' factor
 //   warpgroup 0, warps 2, 3    add warpgroup 1's and 2's part of dQ to global memory
 //   warpgroups 1, 2            the products
 //   warpgroup 3                dQ, where there is one
@@ -9,6 +10,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "backward/codes.cuh"
 #include "backward/dq_sum.cuh"
 #include "backward/loader.cuh"
 #include "backward/mainloop_dq.cuh"
@@ -23,7 +25,8 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
   FullBarrier::init(&shared.k_full, 1);
   FullBarrier::init(&shared.v_full, 1);
   for (int i = 0; i < Traits::kTile.q_stages; ++i) {
-    FullBarrier::init(&shared.q_full[i], 1);
+    FullBarrier::init(&shared.q_full[i], Traits::kQuantized ? 2 : 1);
+    FullBarrier::init(&shared.rows_full[i], 1);
     EmptyBarrier::init(&shared.q_empty[i], kWarps * Traits::kWarpgroups);
   }
   for (int i = 0; i < Traits::kTile.do_stages; ++i) {
@@ -56,12 +59,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (threadIdx.x == 0) {
     init_barriers<Traits>(shared);
     shared.tile = KeyTile::get(args, Traits::kBlockM, Traits::kBlockN);
+    if constexpr (Traits::kQuantized)
+      shared.key_factor = key_factor<Traits>(args.codes, shared.tile.n_block, shared.tile.head, shared.tile.batch);
   }
   __syncthreads();
 
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kTile.producer_registers>();
     if (warp == 0) load_blocks<Traits>(args, shared);
+    if (Traits::kQuantized && warp == 1) scale_rows_by_keys<Traits>(args, shared);
     if (warp >= 2 && elect_one_sync()) add_dq<Traits>(args, shared, warp - 2);
   } else if (Traits::kDqApart && warp >= 12) {
     if constexpr (Traits::kDqApart) {

@@ -48,6 +48,11 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   args.bias = p.rows;
   args.delta = p.rows + row_blocks * Traits::kBlockM;
   args.dq_sum = p.dq_sum;
+  if constexpr (Traits::kQuantized) {
+    args.factor = args.delta + row_blocks * Traits::kBlockM;
+    args.codes = *p.codes;
+    args.wide_q = p.q, args.wide_k = p.k, args.wide_v = p.v;
+  }
   args.turns = p.deterministic ? p.turns : nullptr;
   args.stored = store_first ? p.turns : nullptr;
   // Q, dO and dQ's sum of the query heads that read one key/value head.
@@ -68,11 +73,21 @@ Status launch_backward(BackwardParams const& p, Device device, cudaStream_t stre
   if (status != Status::kOk) return status;
   if (!allow_shared_memory<Traits>(device)) return Status::kLaunchError;
 
+  if constexpr (Traits::kQuantized) {
+    WidenGrid const grid = make_widen_grid(args, p.batch, p.heads_kv);
+    if (grid.q + grid.k + grid.v > 0)
+      widen<Traits><<<grid.q + grid.k + grid.v, kWidenThreads, 0, stream>>>(args, grid, p.batch, p.heads_kv);
+  }
   if (row_blocks > 0) prepare_rows<Traits><<<unsigned(row_blocks), kRowThreads, 0, stream>>>(args);
   if (args.scheduler.num_tiles > 0)
     backward_kernel<Traits>
         <<<args.scheduler.num_tiles, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
-  if (row_blocks > 0) finish_dq<Traits><<<unsigned(row_blocks * Traits::kChunks), 128, 0, stream>>>(args);
+  if (row_blocks > 0) {
+    if constexpr (Traits::kQuantized)
+      finish_quantized_dq<Traits><<<unsigned(row_blocks * (Traits::kBlockM / 64)), 128, 0, stream>>>(args);
+    else
+      finish_dq<Traits><<<unsigned(row_blocks * Traits::kChunks), 128, 0, stream>>>(args);
+  }
   return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchError;
 }
 

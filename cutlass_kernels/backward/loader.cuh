@@ -43,7 +43,8 @@ __device__ __forceinline__ void load_queries(BackwardArguments const& args,
                                              typename Traits::SharedStorage& shared, int head, int m_block,
                                              QRing& q_ring, DoRing& do_ring) {
   constexpr int kBlockM = Traits::kBlockM;
-  constexpr uint32_t kBlockBytes = sizeof(shared.q[0]), kRowBytes = sizeof(shared.bias[0]);
+  constexpr uint32_t kBlockBytes = sizeof(shared.q[0]), kRowBytes = kBlockM * sizeof(float);
+  constexpr bool kDeltaWithQ = Traits::kQuantized && !Traits::kSplit;
   KeyTile const& tile = shared.tile;
   auto const often = TMA::CacheHintSm90::EVICT_LAST;
   int64_t const rows =
@@ -55,16 +56,24 @@ __device__ __forceinline__ void load_queries(BackwardArguments const& args,
     load_block<Traits>(args.q, full, shared.q[q_ring.slot], kBlockM, m_block * kBlockM, head, tile.batch,
                        often);
     SM90_BULK_COPY_G2S::copy(args.bias + rows, &full, shared.bias[q_ring.slot], kRowBytes);
+    if constexpr (Traits::kQuantized) {
+      uint64_t& rows_full = shared.rows_full[q_ring.slot];
+      FullBarrier::arrive_and_expect_tx(&rows_full, (kDeltaWithQ ? 2 : 1) * kRowBytes);
+      SM90_BULK_COPY_G2S::copy(args.factor + rows, &rows_full, shared.factor[q_ring.slot], kRowBytes);
+      if constexpr (kDeltaWithQ)
+        SM90_BULK_COPY_G2S::copy(args.delta + rows, &rows_full, shared.delta[q_ring.slot], kRowBytes);
+    }
   }
   __syncwarp();
   q_ring.advance();
   EmptyBarrier::wait(&shared.do_empty[do_ring.slot], do_ring.phase);
   if (elect_one_sync()) {
     uint64_t& full = shared.do_full[do_ring.slot];
-    FullBarrier::arrive_and_expect_tx(&full, kBlockBytes + kRowBytes);
+    FullBarrier::arrive_and_expect_tx(&full, kBlockBytes + (kDeltaWithQ ? 0 : kRowBytes));
     load_block<Traits>(args.dout, full, shared.dout[do_ring.slot], kBlockM, m_block * kBlockM, head,
                        tile.batch, often);
-    SM90_BULK_COPY_G2S::copy(args.delta + rows, &full, shared.delta[do_ring.slot], kRowBytes);
+    if constexpr (!kDeltaWithQ)
+      SM90_BULK_COPY_G2S::copy(args.delta + rows, &full, shared.delta[do_ring.slot], kRowBytes);
   }
   __syncwarp();
   do_ring.advance();

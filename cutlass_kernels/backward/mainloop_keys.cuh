@@ -75,10 +75,8 @@ class KeysMainloop {
       }
     }
     int const first_key = tile_.n_block * kBlockN + 64 * warpgroup_;
-    store_rows<Element>(args_.dv, tile_.batch, tile_.head, first_key, args_.seqlen_k, args_.head_dim, dv_,
-                        1.f);
-    store_rows<Element>(args_.dk, tile_.batch, tile_.head, first_key, args_.seqlen_k, args_.head_dim, dk_,
-                        args_.softmax_scale);
+    store_key_gradient<Traits, false>(args_, shared_, first_key, dv_);
+    store_key_gradient<Traits, true>(args_, shared_, first_key, dk_);
   }
 
  private:
@@ -138,7 +136,7 @@ class KeysMainloop {
     issue_product(typename Traits::template MmaScores<kPartQueries>{},
                   key_rows<Traits>(shared_.v, 64 * warpgroup_),
                   query_rows<Traits, kPartQueries>(shared_.dout[do_slot], kPartQueries * kPart), dp, false);
-    make_probabilities<kPart>(m, shared_.bias[q_slot]);
+    make_probabilities<kPart>(m, q_slot);
     Operand p, ds;
     CUTE_UNROLL
     for (int i = 0; i < kPartSize; i += 2)
@@ -147,12 +145,28 @@ class KeysMainloop {
     issue_product(typename Traits::MmaKeys{}, p,
                   query_columns<Traits>(shared_.dout[do_slot], kPartQueries * kPart), dv_, true);
     wait_product<1>(dp);
-    float const* const delta = shared_.delta[do_slot] + kPartQueries * kPart + 2 * (threadIdx.x % 4);
-    CUTE_UNROLL
-    for (int i = 0; i < kPartSize; i += 2)
-      recast<uint32_t>(ds)(i / 2) =
-          score_gradients<Element>(s_(kPartSize * kPart + i), s_(kPartSize * kPart + i + 1), dp(i), dp(i + 1),
-                                   *reinterpret_cast<float2 const*>(delta + i / 4 * 8));
+    int const column = kPartQueries * kPart + 2 * (threadIdx.x % 4);
+    float const* const delta = shared_.delta[Traits::kQuantized ? q_slot : do_slot] + column;
+    auto const each_pair = [&](auto gradients) {
+      CUTE_UNROLL
+      for (int i = 0; i < kPartSize; i += 2)
+        recast<uint32_t>(ds)(i / 2) =
+            gradients(s_(kPartSize * kPart + i), s_(kPartSize * kPart + i + 1), dp(i), dp(i + 1),
+                      *reinterpret_cast<float2 const*>(delta + i / 4 * 8), i / 4 * 8);
+    };
+    if constexpr (Traits::kQuantized) {
+      float const f = shared_.factor[q_slot][kPartQueries * kPart];
+      each_pair([&](float p0, float p1, float dp0, float dp1, float2 d, int query) {
+        float2 factor = make_float2(f, f);
+        if constexpr (Traits::kRowFactors)
+          factor = *reinterpret_cast<float2 const*>(shared_.factor[q_slot] + column + query);
+        return score_gradients<Element>(p0, p1, dp0, dp1, d, factor);
+      });
+    } else {
+      each_pair([&](float p0, float p1, float dp0, float dp1, float2 d, int) {
+        return score_gradients<Element>(p0, p1, dp0, dp1, d);
+      });
+    }
     issue_product(typename Traits::MmaKeys{}, ds,
                   query_columns<Traits>(shared_.q[q_slot], kPartQueries * kPart), dk_, true);
     if constexpr (Traits::kDqApart) {
@@ -171,10 +185,10 @@ class KeysMainloop {
 
   // Part of S to P in place.
   template <int kPart>
-  __device__ __forceinline__ void make_probabilities(int m, float const* bias) {
+  __device__ __forceinline__ void make_probabilities(int m, int q_slot) {
     auto part = make_tensor(s_.data() + kPartSize * kPart, Layout<Int<kPartSize>>{});
-    probabilities(args_, tile_.n_block * kBlockN + 64 * warpgroup_, m * kBlockM + kPartQueries * kPart,
-                  bias + kPartQueries * kPart, part);
+    probabilities<Traits>(args_, shared_, tile_.n_block * kBlockN + 64 * warpgroup_,
+                          m, kPartQueries * kPart, q_slot, part);
   }
 
   __device__ __forceinline__ void issue_s() {

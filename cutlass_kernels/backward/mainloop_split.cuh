@@ -65,9 +65,7 @@ class SplitMainloop {
       one_step<kWarpgroup, false>(tile_.walk.block(count - 1), scores, sum);
       warpgroup_fence_operand(sum);
     }
-    store_rows<Element>(kWarpgroup == 0 ? args_.dv : args_.dk, tile_.batch, tile_.head,
-                        tile_.n_block * Traits::kBlockN, args_.seqlen_k, args_.head_dim, sum,
-                        kWarpgroup == 0 ? 1.f : args_.softmax_scale);
+    store_key_gradient<Traits, kWarpgroup == 1>(args_, shared_, tile_.n_block * Traits::kBlockN, sum);
   }
 
   // On entry the scores of query block m are there, on exit those of the next one, if there is one (kMore).
@@ -76,11 +74,16 @@ class SplitMainloop {
     int const q_slot = q_ring_.slot;
     Operand operand;
     if constexpr (kWarpgroup == 0) {
-      probabilities(args_, tile_.n_block * Traits::kBlockN, m * Traits::kBlockM, shared_.bias[q_slot],
-                    scores);
-      arrive_warp(shared_.q_empty[q_slot]);
+      probabilities<Traits>(args_, shared_, tile_.n_block * Traits::kBlockN, m, 0, q_slot, scores);
+      if constexpr (!Traits::kQuantized) arrive_warp(shared_.q_empty[q_slot]);
       EmptyBarrier::wait(&shared_.p_empty, phase_ ^ 1);
-      put_chunk(scores, shared_.p);
+      if constexpr (Traits::kQuantized) {
+        // NOTE: the rows' factors of dS by way of P, because the other warpgroup has no registers left for them.
+        put_scaled_chunk<Traits::kRowFactors>(scores, shared_.factor[q_slot], shared_.p);
+        arrive_warp(shared_.q_empty[q_slot]);
+      } else {
+        put_chunk(scores, shared_.p);
+      }
       arrive_warp(shared_.p_full);
       CUTE_UNROLL
       for (int i = 0; i < 32; i += 2)

@@ -53,17 +53,26 @@ __device__ __forceinline__ void issue_dq(typename Traits::Element const* ds,
                 thread.make_fragment_B(thread.partition_B(b)), dq, false);
 }
 
-// S to P in place: 64 keys from first_key on by up to 64 queries from first_row on, whose bias is given.
-template <class Scores>
-__device__ __forceinline__ void probabilities(BackwardArguments const& args, int first_key, int first_row,
-                                              float const* bias, Scores& s) {
+// S to P in place: 64 keys from first_key on by up to 64 queries from `first` on of query block m, whose Q is in
+// the stage q_slot.
+template <class Traits, class Scores>
+__device__ __forceinline__ void probabilities(BackwardArguments const& args,
+                                              typename Traits::SharedStorage const& shared, int first_key,
+                                              int m, int first, int q_slot, Scores& s) {
   constexpr int kSize = decltype(size(s))::value;
-  int const column = 2 * (threadIdx.x % 4);
+  int const first_row = m * Traits::kBlockM + first, column = first + 2 * (threadIdx.x % 4);
+  float const* const bias = shared.bias[q_slot] + column;
+  float scale = args.scale_log2;
+  if constexpr (Traits::kQuantized) scale = shared.factor[q_slot][first];
   CUTE_UNROLL
   for (int octet = 0; octet < kSize / 4; ++octet) {
-    float2 const b = *reinterpret_cast<float2 const*>(bias + 8 * octet + column);
+    float2 const b = *reinterpret_cast<float2 const*>(bias + 8 * octet);
+    float2 factor = make_float2(scale, scale);
+    if constexpr (Traits::kRowFactors)
+      factor = *reinterpret_cast<float2 const*>(shared.factor[q_slot] + column + 8 * octet);
     CUTE_UNROLL
-    for (int i = 4 * octet; i < 4 * octet + 4; ++i) s(i) = fmaf(s(i), args.scale_log2, i % 2 ? b.y : b.x);
+    for (int i = 4 * octet; i < 4 * octet + 4; ++i)
+      s(i) = fmaf(s(i), i % 2 ? factor.y : factor.x, i % 2 ? b.y : b.x);
   }
   int const shift = args.seqlen_k - args.seqlen_q;
   // NOTE: keys past the end are masked although they are zeros: exp2(0 + bias) may be infinite.
@@ -84,6 +93,12 @@ __device__ __forceinline__ void probabilities(BackwardArguments const& args, int
 template <class Element>
 __device__ __forceinline__ uint32_t score_gradients(float p0, float p1, float dp0, float dp1, float2 delta) {
   return round_pair<Element>(p0 * (dp0 - delta.x), p1 * (dp1 - delta.y));
+}
+// The same times factors, which delta has already.
+template <class Element>
+__device__ __forceinline__ uint32_t score_gradients(float p0, float p1, float dp0, float dp1, float2 delta,
+                                                    float2 factor) {
+  return round_pair<Element>(p0 * fmaf(dp0, factor.x, -delta.x), p1 * fmaf(dp1, factor.y, -delta.y));
 }
 
 // dS of 64 keys by 64 queries to shared memory, 128 bytes a key in WGMMA's 128-byte swizzle. Four 8 x 8
@@ -108,6 +123,19 @@ __device__ __forceinline__ void put_chunk(Chunk const& x, float* to) {
   for (int octet = 0; octet < 8; ++octet)
     reinterpret_cast<float4*>(to)[octet * 128 + threadIdx.x % 128] =
         make_float4(x(4 * octet), x(4 * octet + 1), x(4 * octet + 2), x(4 * octet + 3));
+}
+
+// The same with every column times its factor, or that of the first.
+template <bool kEvery, class Chunk>
+__device__ __forceinline__ void put_scaled_chunk(Chunk const& x, float const* factors, float* to) {
+  CUTE_UNROLL
+  for (int octet = 0; octet < 8; ++octet) {
+    float2 f = make_float2(factors[0], factors[0]);
+    if constexpr (kEvery) f = *reinterpret_cast<float2 const*>(factors + 8 * octet + 2 * (threadIdx.x % 4));
+    int const i = 4 * octet;
+    reinterpret_cast<float4*>(to)[octet * 128 + threadIdx.x % 128] =
+        make_float4(x(i) * f.x, x(i + 1) * f.y, x(i + 2) * f.x, x(i + 3) * f.y);
+  }
 }
 
 }  // namespace hopper_fa

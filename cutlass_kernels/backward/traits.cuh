@@ -45,6 +45,10 @@ struct BackwardArguments {
   // Of turns' shape: 0 while a part of dQ's sum holds nothing; the first key block to come stores and the
   // others add. Deterministic: turns. Null: the sum was cleared.
   int* stored;
+  // Only if the tile is quantized: of every query row, as bias; and q, k and v of 16 bits, to be written.
+  float* factor;
+  Strided wide_q, wide_k, wide_v;
+  BackwardCodes codes;
 };
 
 // The key block a CTA works on, and the query blocks it walks over: for every query head of the group, one
@@ -88,6 +92,8 @@ struct BackwardTraits {
   static constexpr int kWarpgroups = 2;
   static constexpr int kThreads = backward_threads(kTile);
   static constexpr bool kSplit = kTile.split;
+  static constexpr bool kQuantized = kTile.factors != Factors::kNone;
+  static constexpr bool kRowFactors = kTile.factors == Factors::kRow;
   static constexpr bool kDqApart = kTile.dq_registers > 0;  // a warpgroup for dQ
   static_assert(!kSplit || !kDqApart);
   static_assert(kBlockN == (kSplit ? 64 : 128));
@@ -132,9 +138,12 @@ struct BackwardTraits {
     alignas(1024) float dq[kWarpgroups][kChunk];
     alignas(1024) float p[kSplit ? kChunk : 0];  // of warpgroup 0 for warpgroup 1, in fragment order
     alignas(16) float bias[kTile.q_stages][kBlockM], delta[kTile.do_stages][kBlockM];
+    alignas(16) float factor[kQuantized ? kTile.q_stages : 0][kBlockM];
+    float key_factor;  // kQuantized: what the codes of the CTA's keys still lack (backward/codes.cuh)
     KeyTile tile;  // NOTE: read where needed: the copying warps have 24 registers
     uint64_t k_full, v_full;
     uint64_t q_full[kTile.q_stages], q_empty[kTile.q_stages];
+    uint64_t rows_full[kTile.q_stages];  // kQuantized: factors, and delta unless kSplit, before warp 1 scales them
     uint64_t do_full[kTile.do_stages], do_empty[kTile.do_stages];
     uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
     uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit, kDqApart

@@ -88,26 +88,33 @@ __device__ __forceinline__ void finish_max(Scores const& s, int const (&best)[2]
 }
 
 // 16-bit inputs: one scale for all scores. kMaxBits: whether a thread's maxima are of integers first.
-template <int kFmaOctets, bool kMaxBits>
+//
+// Lazy rescaling (FlashAttention-4's idea): P is relative to row_max, which follows the true maximum only when
+// it must. The factor between the two cancels in the final division. The rounding of P does not: at the true
+// maximum P is exactly 1 if row_max is that maximum, and rounded otherwise. So row_max lags only where the
+// largest P is too small a part of its row's sum for its rounding to count.
+template <int kFmaOctets, bool kMaxBits, int kPeakBits>
 struct OnlineSoftmax {
-  // The maximum that P is relative to; lags behind the true one by up to the threshold.
-  float row_max[2] = {-INFINITY, -INFINITY};
-  float row_sum[2] = {0, 0};  // of this thread's columns only, until finish()
-  float scale_log2;           // softmax_scale * log2(e), not negative
-  float threshold;
+  float row_max[2] = {-INFINITY, -INFINITY};  // what P is relative to
+  float row_sum[2] = {0, 0};                  // of this thread's columns only, until finish()
+  // Log2 growth that moves neither row's row_max: no more than either row's allowed_lag.
+  float lag = 0;
+  float scale_log2;  // softmax_scale * log2(e), not negative
+  float threshold;   // most log2 growth of the maximum that row_max does not follow
 
   __device__ __forceinline__ OnlineSoftmax(float scale_log2, float threshold)
       : scale_log2(scale_log2), threshold(threshold) {}
 
   // Scores in, P = exp2(scale_log2 * (S - row_max)) out. Returns whether the output so far must be multiplied
-  // by alpha: row_max follows the true maximum only when that has outgrown the threshold (FlashAttention-4's
-  // lazy rescaling; exact after the final division). kFirst: of the tile's blocks.
+  // by alpha. kFirst: of the tile's blocks.
   template <bool kFirst, class Scores>
   __device__ __forceinline__ bool step(Scores& s, float (&alpha)[2]) {
     // True for NaN and for -inf - -inf.
-    auto const outgrows = [&](float max, int r) { return !((max - row_max[r]) * scale_log2 <= threshold); };
-    auto const any_outgrows = [&](float max0, float max1) {
-      return __any_sync(~0u, outgrows(max0, 0) || outgrows(max1, 1));
+    auto const outgrows = [&](float max, int r, float lag) {
+      return !((max - row_max[r]) * scale_log2 <= lag);
+    };
+    auto const any_outgrows = [&](float max0, float max1, float lag0, float lag1) {
+      return __any_sync(~0u, outgrows(max0, 0, lag0) || outgrows(max1, 1, lag1));
     };
     // NOTE: of each thread's columns alone: where no thread's outgrow, no row's do, and what other threads
     // have need not be known.
@@ -116,23 +123,30 @@ struct OnlineSoftmax {
     if constexpr (!kFirst && kMaxBits) {
       int best[2];
       max_bits<true>(s, best);
-      rescale = any_outgrows(__int_as_float(best[0]), __int_as_float(best[1]));
+      rescale = any_outgrows(__int_as_float(best[0]), __int_as_float(best[1]), lag, lag);
       if (rescale) finish_max(s, best, row_max, new_max);
     } else {
       thread_max(s, row_max, new_max);
-      if constexpr (!kFirst) rescale = any_outgrows(new_max[0], new_max[1]);
+      if constexpr (!kFirst) rescale = any_outgrows(new_max[0], new_max[1], lag, lag);
     }
     if (rescale) {
       quad_max(new_max);
-      // NOTE: the integers, which are at least 0, may have looked like growth where there is none.
-      if constexpr (!kFirst && kMaxBits) rescale = any_outgrows(new_max[0], new_max[1]);
+      float allowed[2] = {0, 0};
+      if constexpr (!kFirst) {
+        CUTE_UNROLL
+        for (int r = 0; r < 2; ++r) allowed[r] = allowed_lag(r);
+        rescale = any_outgrows(new_max[0], new_max[1], allowed[0], allowed[1]);
+        lag = fminf(allowed[0], allowed[1]);
+      }
       CUTE_UNROLL
       for (int r = 0; r < 2; ++r) {
         // NOTE: every row decides by itself, so its bits depend on no neighbour, nor on keys that a causal
-        // mask hides from it.
-        bool const keep = !outgrows(new_max[r], r) || new_max[r] == -INFINITY;
+        // mask hides from it. Whether its warp comes here may depend on them; but what a row is allowed never
+        // falls until it follows, so a row that outgrows it has made its warp come.
+        bool const keep = !outgrows(new_max[r], r, allowed[r]) || new_max[r] == -INFINITY;
         alpha[r] = keep ? 1.f : exp2_sfu((row_max[r] - new_max[r]) * scale_log2);
         row_max[r] = keep ? row_max[r] : new_max[r];
+        if constexpr (!kFirst) lag = keep ? lag : 0.f;
         row_sum[r] *= alpha[r];
       }
     }
@@ -154,6 +168,19 @@ struct OnlineSoftmax {
       factor[r] = empty ? 0.f : 1.f / row_sum[r];
       lse[r] = empty ? -INFINITY : kLn2 * fmaf(row_max[r], scale_log2, log2f(row_sum[r]));
     }
+  }
+
+  // After a tile's first block. NOTE: without it the second block would come to the slow path for nothing.
+  __device__ __forceinline__ void allow_lag() { lag = fminf(allowed_lag(0), allowed_lag(1)); }
+
+ private:
+  // How far above row_max, in log2, a maximum may be: until its P is 2^-kPeakBits of the row's sum so far, and
+  // no further than the threshold.
+  // NOTE: the logarithm is linear between powers of two, so that it never falls while the sum grows.
+  __device__ __forceinline__ float allowed_lag(int r) const {
+    int const bits = __float_as_int(quad_sum(row_sum[r]));
+    float const log2_part = fmaf(static_cast<float>(bits), 0x1p-23f, -127.f - kPeakBits);
+    return fminf(fmaxf(log2_part, 0.f), threshold);
   }
 };
 

@@ -13,6 +13,11 @@ enum class PingPong { kNever, kAfterQK, kAfterPV };
 // (8-bit only).
 enum class Store { kPlain, kQStage, kPlace };
 
+#ifndef HOPPER_FA_PEAK_BITS
+#define HOPPER_FA_PEAK_BITS 1
+#endif
+constexpr int kPeakBits = HOPPER_FA_PEAK_BITS;
+
 struct ForwardTile {
   char const* variant;      // users run "default" and, with 8-bit inputs, those that begin with fp8
   int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
@@ -26,7 +31,7 @@ struct ForwardTile {
   bool overlap;             // QK of the next block is issued before PV of this one
   int fma_exp2_octets;      // of 8 column octets, how many have exp2 on the FP32 pipe; 8-bit: 0, or 8: by P's
                             // code
-  float rescale_threshold;  // 16-bit only: log2 growth of the row maximum that O is not yet rescaled for
+  float rescale_threshold;  // 16-bit only: most log2 growth of the row maximum that O is not rescaled for
   int element_bytes = 2;    // of Q, K and V
   // 8-bit only. Two-level accumulation: P V of a block goes into a temporary, in so many parts of its
   // columns, and is added to O in FP32. 0: P V accumulates in O itself.
@@ -37,6 +42,9 @@ struct ForwardTile {
   bool key_vectors = false;  // 8-bit only: every key has a scale and a bias of its own
   // 8-bit with overlap only: O is moved to FP32 sums in global memory every few blocks (forward/flush.cuh).
   bool flush = false;
+  // 16-bit only: O is rescaled too where a new maximum's P is 2^-peak_bits of the row's sum or more, as its
+  // rounding counts then.
+  int peak_bits = kPeakBits;
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -147,6 +155,9 @@ constexpr int forward_shared_memory(ForwardTile const& t) {
          forward_output_bytes(t) + forward_queue_bytes(t) + 1024 + 512;
 }
 
+// Of the backward of an 8-bit forward (backward/codes.cuh), which query rows have one dequantisation factor.
+enum class Factors { kNone, kBlock, kRow };  // 16-bit forward; 64 rows or more; every row has its own
+
 struct BackwardTile {
   char const* variant;
   int head_dim;            // as in ForwardTile
@@ -159,6 +170,7 @@ struct BackwardTile {
   int consumer_registers;
   bool split;            // the two warpgroups share 64 keys: mainloop_split.cuh
   int dq_registers = 0;  // setmaxnreg of a warpgroup for dQ = dS K; 0: the computing ones multiply it
+  Factors factors = Factors::kNone;
 };
 
 constexpr BackwardTile kBackwardTiles[] = {
@@ -166,6 +178,13 @@ constexpr BackwardTile kBackwardTiles[] = {
     {"default", 64, 128, 128, 2, 2, 2, 24, 208, false, 72},
     {"default", 128, 64, 128, 2, 2, 2, 24, 240, false},
     {"default", 256, 64, 64, 2, 1, 1, 24, 240, true},
+    // Of an 8-bit forward. NOTE: a factor a row costs d64 and d128 a tenth, and d256 a hundredth: there one
+    // instance is for all recipes.
+    {"quantized", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, Factors::kBlock},
+    {"quantized", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, Factors::kBlock},
+    {"quantized", 256, 64, 64, 2, 1, 1, 24, 240, true, 0, Factors::kRow},
+    {"quantized_rows", 64, 128, 128, 2, 2, 2, 24, 208, false, 72, Factors::kRow},
+    {"quantized_rows", 128, 64, 128, 2, 2, 2, 24, 240, false, 0, Factors::kRow},
     // Tried and slower (docs/notes/backward_log.md).
     {"no_dq_warpgroup", 64, 128, 128, 2, 2, 2, 24, 240, false},
 };
@@ -178,7 +197,9 @@ constexpr int backward_threads(BackwardTile const& t) { return (t.dq_registers ?
 // chunk of dQ for each warpgroup, P if split, 1 KB to align them, barriers.
 constexpr int backward_shared_memory(BackwardTile const& t) {
   int const chunk = 64 * 64 * 4, blocks = t.q_stages + t.do_stages;
-  return 4 * t.block_n * t.head_dim + 2 * blocks * t.block_m * t.head_dim + 4 * blocks * t.block_m +
+  // Blocks of rows of bias, delta and, quantized, factors.
+  int const rows = blocks + (t.factors != Factors::kNone ? t.q_stages : 0);
+  return 4 * t.block_n * t.head_dim + 2 * blocks * t.block_m * t.head_dim + 4 * rows * t.block_m +
          2 * t.ds_stages * t.block_m * t.block_n + (t.split ? 3 : 2) * chunk + 1024 + 512;
 }
 

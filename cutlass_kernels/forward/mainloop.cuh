@@ -31,7 +31,7 @@ class Mainloop {
   static constexpr bool kTwoPs =
       Traits::kHeadDim == 128 && kBlockN == 128 && kTile.ping_pong == PingPong::kAfterPV;
   // NOTE: with 64 keys a block (d256) integer maxima are 2% slower.
-  using Softmax = OnlineSoftmax<kTile.fma_exp2_octets, kBlockN >= 128>;
+  using Softmax = OnlineSoftmax<kTile.fma_exp2_octets, kBlockN >= 128, kTile.peak_bits>;
   using Output = decltype(partition_fragment_C(typename Traits::template MmaPV<0>{},
                                                Shape<_64, Int<Traits::kHeadDim>>{}));
   using Probabilities = decltype(make_tensor<typename Traits::ElementV>(typename Traits::LayoutP{}));
@@ -153,7 +153,12 @@ class Mainloop {
     tile_ = tile;
     pending_ = started_ = true;
     accumulate_ = false;
-    if (n > 0) wait_block();
+    if (n > 0) {
+#if HFL
+      softmax_.allow_lag();
+#endif
+      wait_block();
+    }
     if constexpr (kPending) release_output();
     // NOTE: through a shuffle; else ptxas computes the descriptors of Q in vector registers, 19 R2UR a turn.
     if constexpr (kTmaStore) q_slot_ = __shfl_sync(~0u, q_slot, 0);

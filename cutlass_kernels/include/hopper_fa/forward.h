@@ -9,14 +9,7 @@ namespace hopper_fa {
 
 constexpr int kForwardWorkspaceInts = 2;
 
-// Dequantisation factors of one tensor: group g of head h of batch entry b at data[b * batch_stride + h *
-// head_stride + g * group_stride], none of them negative. A stride of 0 shares factors. Fewer than 2^31.
-struct ScaleRef {
-  float const* data;
-  int batch_stride, head_stride, group_stride;
-};
-
-// What 8-bit inputs need besides. Then v of ForwardParams is V transposed, (batch, heads_kv, tile's head dim
+// What 8-bit inputs need besides; no scale is negative. Then v of ForwardParams is V transposed, (batch, heads_kv, tile's head dim
 // + 1, keys), keys contiguous, permuted in groups of 16, a row of ones after the channels
 // (hopper_fa/quantization.py, QuantizedQKV): its row_stride is that of channels.
 struct Fp8Params {

@@ -20,6 +20,13 @@ enum class Status : int {
   kLaunchError = 5,      // the CUDA runtime refused the launch
 };
 
+// Dequantisation factors of one tensor: group g of head h of batch entry b at data[b * batch_stride + h *
+// head_stride + g * group_stride]. A stride of 0 shares factors. Fewer than 2^31.
+struct ScaleRef {
+  float const* data;
+  int batch_stride, head_stride, group_stride;
+};
+
 // One (batch, seqlen, heads, head_dim) tensor. Strides count elements; the last dimension is contiguous.
 struct TensorRef {
   void* data;
