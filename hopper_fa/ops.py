@@ -5,15 +5,29 @@ tensor is one tensor too.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 
 from hopper_fa.backend import run_backward, run_forward, run_quantized, run_recipe, unpack
 from hopper_fa.quantization import from_fp8
 from hopper_fa.recipe import Fp8Recipe
+from hopper_fa.transforms import (
+    VMAP,
+    batched_level,
+    fold,
+    over_batched,
+    refuse_jvp,
+    refuse_learned_scale,
+    refuse_shared_scales,
+    refuse_tangents,
+    unfold,
+)
 from hopper_fa.validation import check_fp8_shapes, check_shapes
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -35,9 +49,17 @@ def forward(
 
     NOTE: the operators' dispatch costs more CPU time than everything else in a call
     (tests/cpu/test_call_overhead.py), so plain eager calls go around it. Whatever has to see the operator
-    (torch.compile, function transforms, dispatch modes, tensor subclasses) does.
+    (torch.compile, dispatch modes, tensor subclasses, meta tensors) does.
+
+    Raises:
+        NotImplementedError: a derivative is wanted that is not built; see `transforms`.
     """
+    if isinstance(softmax_scale, Tensor):
+        refuse_learned_scale(softmax_scale)
     if not _goes_around(tensors):
+        refuse_tangents(tensors)
+        if _is_transformed() and not _is_compiled_vmap():
+            return _Transformed.apply(softmax_scale, causal, deterministic, backend, recipe, *tensors)
         text = None if recipe is None else recipe.to_text()
         return torch.ops.hopper_fa.forward(tensors, softmax_scale, causal, deterministic, backend, text)
     if _wants_gradient(tensors):
@@ -67,6 +89,7 @@ def _goes_around(tensors: tuple[Tensor, ...]) -> bool:
         or _dispatch_modes()
         or _functorch_level() is not None
         or _tracing_state() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     for t in tensors:
@@ -76,6 +99,27 @@ def _goes_around(tensors: tuple[Tensor, ...]) -> bool:
                     f"an attention input is a {type(t).__name__}; it must be a torch.Tensor; convert it."
                 )
             return False
+    return not tensors[0].is_meta
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func or vmap is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _is_compiled_vmap() -> bool:
+    """Whether torch.compile is looking at a transform, where it must see the operator.
+
+    Raises:
+        NotImplementedError: the transform is one for derivatives.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    if retrieve_current_functorch_interpreter().key() != TransformType.Vmap:
+        raise NotImplementedError(
+            "torch.compile met attention inside a derivative of torch.func (grad, vjp, jacrev); it can "
+            "compile the call and vmap of it only; compile the function and take the derivative outside."
+        )
     return True
 
 
@@ -98,7 +142,53 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, None, *(_gradients(ctx, dout, dlse) or ()))
+        return (None, None, None, None, None, *_gradients(ctx, dout, dlse))
+
+
+class _Transformed(torch.autograd.Function):
+    """`_Attention` for torch.func, which takes its levels off one by one: the inner call meets the next.
+
+    NOTE: a Function of this form takes torch longer to call, so plain calls have `_Attention`.
+    """
+
+    @staticmethod
+    def forward(
+        softmax_scale: float | None,
+        causal: bool,
+        deterministic: bool,
+        backend: str | None,
+        recipe: Fp8Recipe | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return forward(tensors, softmax_scale, causal, deterministic, backend, recipe)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, (inputs[5:], *inputs[:4]), output)
+
+    jvp = staticmethod(refuse_jvp)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        # NOTE: saved tensors can be wrappers of a level that has ended, which only a Function unwraps.
+        return (None, None, None, None, None, *_gradients(ctx, dout, dlse, transformed=True))
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        softmax_scale: float | None,
+        causal: bool,
+        deterministic: bool,
+        backend: str | None,
+        recipe: Fp8Recipe | None,
+        *tensors: Tensor,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        refuse_shared_scales(recipe, VMAP)
+        size = info.batch_size
+        folded = tuple(fold(t, dim, size) for t, dim in zip(tensors, in_dims[5:], strict=True))
+        out, lse = forward(folded, softmax_scale, causal, deterministic, backend, recipe)
+        return (unfold(out, size), unfold(lse, size)), (0, 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -107,17 +197,74 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)  # a gradient of LSE that nobody asked for stays None
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> list[Tensor] | None:
+def _gradients(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, transformed: bool = False
+) -> Sequence[Tensor | None]:
+    """A gradient for each of the tensors; None for each where out and lse have none."""
     *tensors, out, lse = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return None
+            return [None] * len(tensors)
         dout = out.new_zeros(out.shape[-1]).expand_as(out)
-    arguments = (dout, dlse, tensors, out, lse, *ctx.options)
+    refuse_tangents((dout, dlse, *tensors))
+    inputs = (dout, dlse, out, lse, *tensors)
+    if transformed or _is_transformed():
+        return _TransformedGradients.apply(*ctx.options, *inputs)
+    if level := batched_level():
+        run = functools.partial(_TransformedGradients.apply, *ctx.options)
+        return over_batched(run, inputs, level)
+    return _run_gradients(dout, dlse, tensors, out, lse, *ctx.options)
+
+
+def _run_gradients(
+    dout: Tensor, dlse: Tensor | None, tensors: Sequence[Tensor], out: Tensor, lse: Tensor, *options: Any
+) -> list[Tensor]:
+    arguments = (dout, dlse, tensors, out, lse, *options)
     # Graphs of graphs (create_graph=True) meet the operator, which says that there is no second derivative.
     if torch.is_grad_enabled() or not _goes_around((dout, *tensors)):
         return torch.ops.hopper_fa.backward(*arguments)
     return run_backward(*arguments)
+
+
+class _TransformedGradients(torch.autograd.Function):
+    """The backward under torch.func, and under vmap over gradients (is_grads_batched, jacrev)."""
+
+    @staticmethod
+    def forward(
+        softmax_scale: float | None,
+        causal: bool,
+        deterministic: bool,
+        backend: str | None,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        options = (softmax_scale, causal, deterministic, backend)
+        return tuple(_run_gradients(dout, dlse, tensors, out, lse, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    jvp = staticmethod(refuse_jvp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        _refuse_second_derivative(grads)
+        return (None,) * ctx.inputs
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
+        options = inputs[:4]
+        folded = (fold(t, dim, size) for t, dim in zip(inputs[4:], in_dims[4:], strict=True))
+        gradients = _TransformedGradients.apply(*options, *folded)
+        return tuple(unfold(t, size) for t in gradients), (0,) * len(gradients)
 
 
 @torch.library.custom_op(
@@ -134,6 +281,7 @@ def _forward_op(
     backend: str | None,
     recipe: str | None,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents(qkv)  # of compiled calls
     parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
     return _run(qkv, softmax_scale, causal, backend, parsed)
 
@@ -147,7 +295,7 @@ def _forward_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    return _gradients(ctx, dout, dlse), None, None, None, None, None
+    return list(_gradients(ctx, dout, dlse)), None, None, None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -155,6 +303,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 _forward_op.register_autograd(_forward_gradient, setup_context=_setup_context)
+
+
+@_forward_op.register_vmap
+def _forward_vmap(
+    info: Any, in_dims: tuple[Any, ...], qkv: list[Tensor], *options: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    recipe = options[-1]
+    if recipe is not None:
+        refuse_shared_scales(Fp8Recipe.from_text(recipe), VMAP)
+    size = info.batch_size
+    folded = [fold(t, dim, size) for t, dim in zip(qkv, in_dims[0], strict=True)]
+    out, lse = torch.ops.hopper_fa.forward(folded, *options)
+    return (unfold(out, size), unfold(lse, size)), (0, 0)
 
 
 @torch.library.custom_op(
@@ -182,14 +343,40 @@ def _backward_fake(dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], *_: Any
     return [t.new_empty(t.shape) for t in qkv]
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
-    raise NotImplementedError(
-        "a second derivative of hopper_fa attention was asked for; only the first is built; leave out "
-        "create_graph=True, or use attention_reference, which can be differentiated again."
+def _refuse_second_derivative(grads: Sequence[Tensor | None]) -> None:
+    """Raise NotImplementedError if one of `grads`, the gradients of gradients, is there."""
+    if any(grad is not None for grad in grads):
+        raise NotImplementedError(
+            "a second derivative of hopper_fa attention was asked for; only the first is built; leave out "
+            "create_graph=True, or use attention_reference, which can be differentiated again."
+        )
+
+
+def _backward_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    _refuse_second_derivative(grads)
+    return None, None, [None] * ctx.tensors, *(None,) * 6
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.tensors = len(output)
+    ctx.set_materialize_grads(False)
+
+
+_backward_op.register_autograd(_backward_gradient, setup_context=_setup_backward_context)
+
+
+@_backward_op.register_vmap
+def _backward_vmap(
+    info: Any, in_dims: tuple[Any, ...], dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], *others: Any
+) -> tuple[list[Tensor], list[int]]:
+    size = info.batch_size
+    dout, dlse, out, lse = (
+        fold(t, dim, size)
+        for t, dim in zip((dout, dlse, *others[:2]), (*in_dims[:2], *in_dims[3:5]), strict=True)
     )
-
-
-_backward_op.register_autograd(_no_second_derivative)
+    qkv = [fold(t, dim, size) for t, dim in zip(qkv, in_dims[2], strict=True)]
+    gradients = torch.ops.hopper_fa.backward(dout, dlse, qkv, out, lse, *others[2:])
+    return [unfold(t, size) for t in gradients], [0] * len(gradients)
 
 
 @torch.library.custom_op(
@@ -208,6 +395,7 @@ def _e4m3_op(
     backend: str | None,
     recipe: str | None,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents((*qkv, q_descale, k_descale, v_descale))
     parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
     return _run_e4m3(qkv, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, parsed)
 
@@ -221,26 +409,78 @@ def _e4m3_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape, dtype=torch.bfloat16), lse
 
 
-def _no_e4m3_gradient(ctx: Any, *grads: Any) -> NoReturn:
-    raise NotImplementedError(
-        "a gradient of attention over float8 tensors was asked for; it has none; pass bfloat16 or float16 "
-        "tensors and a recipe, whose gradient is straight-through, or call it under torch.no_grad()."
-    )
+def _refuse_e4m3_gradient(grads: Sequence[Tensor | None]) -> None:
+    """Raise NotImplementedError if one of `grads`, those of out and lse, is there."""
+    if any(grad is not None for grad in grads):
+        raise NotImplementedError(
+            "a gradient of attention over float8 tensors was asked for; it has none; pass bfloat16 or "
+            "float16 tensors and a recipe, whose gradient is straight-through, or call it under "
+            "torch.no_grad()."
+        )
 
 
-_e4m3_op.register_autograd(_no_e4m3_gradient)
+def _e4m3_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    _refuse_e4m3_gradient(grads)
+    return [None] * ctx.tensors, *(None,) * 7
 
 
-class _WithoutGradient(torch.autograd.Function):
-    """What `forward_e4m3` and the gradient of the operator are together, for eager calls."""
+def _setup_e4m3_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.tensors = len(inputs[0])
+    ctx.set_materialize_grads(False)
+
+
+_e4m3_op.register_autograd(_e4m3_gradient, setup_context=_setup_e4m3_context)
+
+
+@_e4m3_op.register_vmap
+def _e4m3_vmap(
+    info: Any, in_dims: tuple[Any, ...], qkv: list[Tensor], *others: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    size = info.batch_size
+    folded = [fold(t, dim, size) for t, dim in zip(qkv, in_dims[0], strict=True)]
+    descales = [fold(t, dim, size) for t, dim in zip(others[:3], in_dims[1:4], strict=True)]
+    out, lse = torch.ops.hopper_fa.forward_e4m3(folded, *descales, *others[3:])
+    return (unfold(out, size), unfold(lse, size)), (0, 0)
+
+
+class _TransformedE4m3(torch.autograd.Function):
+    """`forward_e4m3` for torch.func (see `_Transformed`), and where a gradient would be wanted."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return run()
+    def forward(
+        softmax_scale: float | None,
+        causal: bool,
+        backend: str | None,
+        recipe: Fp8Recipe | None,
+        q_descale: Tensor | None,
+        k_descale: Tensor | None,
+        v_descale: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_e4m3(
+            tensors, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, recipe
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        _no_e4m3_gradient(ctx, *grads)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    jvp = staticmethod(refuse_jvp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        _refuse_e4m3_gradient(grads)
+        return (None,) * ctx.inputs
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        size = info.batch_size
+        folded = (fold(t, dim, size) for t, dim in zip(inputs[4:], in_dims[4:], strict=True))
+        out, lse = _TransformedE4m3.apply(*inputs[:4], *folded)
+        return (unfold(out, size), unfold(lse, size)), (0, 0)
 
 
 def forward_e4m3(
@@ -252,12 +492,19 @@ def forward_e4m3(
     recipe: Fp8Recipe | None,
 ) -> tuple[Tensor, Tensor]:
     """`forward` of tensors that are float8_e4m3fn, see `quantization.from_fp8`: out in bfloat16, and lse."""
+    if isinstance(softmax_scale, Tensor):
+        refuse_learned_scale(softmax_scale)
     inputs = (*tensors, *(t for t in descales if t is not None))
-    if not _goes_around(inputs):
-        text = None if recipe is None else recipe.to_text()
-        return torch.ops.hopper_fa.forward_e4m3(tensors, *descales, softmax_scale, causal, backend, text)
-    run = functools.partial(_run_e4m3, tensors, descales, softmax_scale, causal, backend, recipe)
-    return _WithoutGradient.apply(run, *inputs) if _wants_gradient(inputs) else run()
+    around = _goes_around(inputs)
+    if not around:
+        refuse_tangents(inputs)
+    transformed = _is_transformed() and not _is_compiled_vmap()
+    if transformed or (around and _wants_gradient(inputs)):
+        return _TransformedE4m3.apply(softmax_scale, causal, backend, recipe, *descales, *tensors)
+    if around:
+        return _run_e4m3(tensors, descales, softmax_scale, causal, backend, recipe)
+    text = None if recipe is None else recipe.to_text()
+    return torch.ops.hopper_fa.forward_e4m3(tensors, *descales, softmax_scale, causal, backend, text)
 
 
 def _run_e4m3(
