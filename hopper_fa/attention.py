@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from hopper_fa import backend as backends
 from hopper_fa import ops
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import Fp8Recipe
@@ -135,7 +134,7 @@ def _attention(
     if options != _NEUTRAL:
         _refuse_options(options)
     device_type = tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         tensors = _autocast(tensors, device_type)
         with torch.autocast(device_type, enabled=False):
             return _attention(tensors, softmax_scale, causal, options, deterministic, backend, recipe)
@@ -166,7 +165,7 @@ def flash_attn_quantized_func(
 
     Returns and raises: as `flash_attn_func`.
     """
-    out, lse = backends.run_quantized(qkv, softmax_scale, causal, out_dtype, backend)
+    out, lse = ops.forward_quantized(qkv, softmax_scale, causal, out_dtype, backend)
     return (out, lse) if return_lse else out
 
 

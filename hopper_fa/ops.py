@@ -14,8 +14,9 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
+from hopper_fa import flops
 from hopper_fa.backend import run_backward, run_forward, run_quantized, run_recipe, unpack
-from hopper_fa.quantization import from_fp8
+from hopper_fa.quantization import QuantizedQKV, from_fp8
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.transforms import (
     VMAP,
@@ -26,9 +27,10 @@ from hopper_fa.transforms import (
     refuse_learned_scale,
     refuse_shared_scales,
     refuse_tangents,
+    refuse_transforms,
     unfold,
 )
-from hopper_fa.validation import check_fp8_shapes, check_shapes
+from hopper_fa.validation import check_fp8_shapes, check_out_dtype, check_shapes, check_softmax
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -194,6 +196,7 @@ class _Transformed(torch.autograd.Function):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, *ctx.options = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.saved = [(t.shape, t.dtype, t.device) for t in (*tensors, *output)]
     ctx.set_materialize_grads(False)  # a gradient of LSE that nobody asked for stays None
 
 
@@ -201,10 +204,12 @@ def _gradients(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, transformed: bool = False
 ) -> Sequence[Tensor | None]:
     """A gradient for each of the tensors; None for each where out and lse have none."""
-    *tensors, out, lse = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return [None] * (len(saved) - 2)
+    _check_saved(saved, ctx.saved)
+    *tensors, out, lse = saved
     if dout is None:
-        if dlse is None:
-            return [None] * len(tensors)
         dout = out.new_zeros(out.shape[-1]).expand_as(out)
     refuse_tangents((dout, dlse, *tensors))
     inputs = (dout, dlse, out, lse, *tensors)
@@ -214,6 +219,17 @@ def _gradients(
         run = functools.partial(_TransformedGradients.apply, *ctx.options)
         return over_batched(run, inputs, level)
     return _run_gradients(dout, dlse, tensors, out, lse, *ctx.options)
+
+
+def _check_saved(saved: Sequence[Tensor], before: list[tuple[Any, ...]]) -> None:
+    """Raise ValueError if a tensor that came back from a hook on saved tensors is not what was saved."""
+    for t, (shape, dtype, device) in zip(saved, before, strict=True):
+        if t.dtype != dtype or t.shape != shape or t.device != device:
+            raise ValueError(
+                f"a tensor saved for attention's backward came back as {t.dtype} of shape {tuple(t.shape)} "
+                f"on {t.device}; it must be {dtype} of shape {tuple(shape)} on {device}, in any layout; let "
+                "the hook on saved tensors undo what it did."
+            )
 
 
 def _run_gradients(
@@ -517,3 +533,56 @@ def _run_e4m3(
 ) -> tuple[Tensor, Tensor]:
     qkv = from_fp8(*unpack(tensors), *descales, recipe)
     return run_quantized(qkv, softmax_scale, causal, torch.bfloat16, backend)
+
+
+@torch.library.custom_op(
+    "hopper_fa::forward_quantized",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor? v_mean, "
+    "Tensor? lse_shift, Tensor? key_bias, str recipe, SymInt head_dim, SymInt seqlen_q, SymInt seqlen_k, "
+    "float? softmax_scale, bool causal, ScalarType out_dtype, str? backend) -> (Tensor out, Tensor lse)",
+)
+def _quantized_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, recipe, head_dim, seqlen_q, seqlen_k, softmax_scale, causal, out_dtype, backend = arguments
+    refuse_tangents(tensors)
+    qkv = QuantizedQKV(*tensors, Fp8Recipe.from_text(recipe), head_dim, seqlen_q, seqlen_k)
+    return run_quantized(qkv, softmax_scale, causal, out_dtype, backend)
+
+
+@_quantized_op.register_fake
+def _quantized_fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    head_dim, seqlen_q, _, softmax_scale, causal, out_dtype, _ = arguments[9:]
+    check_softmax(softmax_scale, causal)
+    check_out_dtype(out_dtype)
+    batch, _, heads_q, _ = q.shape
+    lse = q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
+    return q.new_empty((batch, seqlen_q, heads_q, head_dim), dtype=out_dtype), lse
+
+
+def forward_quantized(
+    qkv: QuantizedQKV,
+    softmax_scale: float | None,
+    causal: bool,
+    out_dtype: torch.dtype,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """out in out_dtype and lse of tensors that are quantised already, by the operator or around it.
+
+    Raises:
+        NotImplementedError: a derivative is wanted, or a transform of torch.func or vmap is under way.
+    """
+    if isinstance(softmax_scale, Tensor):
+        refuse_learned_scale(softmax_scale)
+    scales = (qkv.q_scale, qkv.k_scale, qkv.v_scale)
+    tensors = (qkv.q, qkv.k, qkv.v, *scales, qkv.v_mean, qkv.lse_shift, qkv.key_bias)
+    present = tuple(t for t in tensors if t is not None)
+    refuse_transforms(present, "flash_attn_quantized_func")
+    if _goes_around(present):
+        return run_quantized(qkv, softmax_scale, causal, out_dtype, backend)
+    sizes = (qkv.head_dim, qkv.seqlen_q, qkv.seqlen_k)
+    return torch.ops.hopper_fa.forward_quantized(
+        *tensors, qkv.recipe.to_text(), *sizes, softmax_scale, causal, out_dtype, backend
+    )
+
+
+flops.register()
