@@ -59,6 +59,15 @@ def forward(
     if isinstance(softmax_scale, Tensor):
         refuse_learned_scale(softmax_scale)
     if not _goes_around(tensors):
+        if _has_dtensor(tensors):
+            from hopper_fa.sharding import over_shards
+
+            return over_shards(
+                lambda parts, _: forward(parts, softmax_scale, causal, deterministic, backend, recipe),
+                tensors,
+                (),
+                recipe,
+            )
         refuse_tangents(tensors)
         if _is_transformed() and not _is_compiled_vmap():
             return _Transformed.apply(softmax_scale, causal, deterministic, backend, recipe, *tensors)
@@ -102,6 +111,11 @@ def _goes_around(tensors: tuple[Tensor, ...]) -> bool:
                 )
             return False
     return not tensors[0].is_meta
+
+
+def _has_dtensor(tensors: Sequence[Tensor]) -> bool:
+    # NOTE: by its name, since the class itself takes a second to import.
+    return any(type(t).__name__ == "DTensor" for t in tensors)
 
 
 def _is_transformed() -> bool:
@@ -513,6 +527,15 @@ def forward_e4m3(
     inputs = (*tensors, *(t for t in descales if t is not None))
     around = _goes_around(inputs)
     if not around:
+        if _has_dtensor(inputs):
+            from hopper_fa.sharding import over_shards
+
+            return over_shards(
+                lambda *parts: forward_e4m3(*parts, softmax_scale, causal, backend, recipe),
+                tensors,
+                descales,
+                recipe,
+            )
         refuse_tangents(inputs)
     transformed = _is_transformed() and not _is_compiled_vmap()
     if transformed or (around and _wants_gradient(inputs)):

@@ -60,8 +60,13 @@ def refuse_shared_scales(recipe: Fp8Recipe | None, what: str) -> None:
             )
 
 
-def refuse_transforms(tensors: Iterable[Tensor], function: str) -> None:
+def refuse_transforms(tensors: Sequence[Tensor], function: str) -> None:
     """Raise NotImplementedError if `tensors` hold a transform's or a tangent, which `function` would lose."""
+    if any(type(t).__name__ == "DTensor" for t in tensors):
+        raise NotImplementedError(
+            f"{function} got a DTensor; it takes plain tensors only; pass a recipe to flash_attn_func, which "
+            "takes DTensors, or pass the local parts."
+        )
     transformed = torch._C._are_functorch_transforms_active() and any(
         torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
     )
