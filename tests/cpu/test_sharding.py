@@ -51,6 +51,12 @@ def attend(function: Callable[..., Any], tensors: list[Tensor], **options: Any) 
     return function(*tensors, causal=True, return_lse=True, backend="emulator", **options)
 
 
+def assert_close(got: DTensor, expected: Tensor) -> None:
+    """All but equal: the order in which torch adds depends on sizes and strides."""
+    error = (got.full_tensor() - expected).float().norm()
+    assert error <= 0.005 * expected.float().norm()
+
+
 def without_communication(call: Callable[[], Any]) -> Any:
     with CommDebugMode() as communication:
         result = call()
@@ -83,7 +89,7 @@ def assert_sharded_as_whole(
             assert a.placements == t.placements and a.shape == b.shape
         for a, b in zip((*results, *got), (out, lse, *gradients), strict=True):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-            assert torch.equal(a.full_tensor(), b)
+            assert_close(a, b)
 
 
 def check_results_and_gradients(mesh: Any, seed: int) -> None:
@@ -110,14 +116,14 @@ def check_e4m3_and_merging(mesh: Any, seed: int) -> None:
         scale = distribute_tensor(descale, mesh, [of_descale])
         call = partial(attend, flash_attn_func, parts, q_descale=scale, v_descale=scale)
         for a, b in zip(without_communication(call), expected, strict=True):
-            assert torch.equal(a.full_tensor(), b)
+            assert_close(a, b)
     outs, lses = ([t, t.flip(0)] for t in expected)
     merged = merge_attention(
         [distribute_tensor(t, mesh, [Shard(2)]) for t in outs],
         [distribute_tensor(t, mesh, [Shard(1)]) for t in lses],
     )
     for a, b in zip(merged, merge_attention(outs, lses), strict=True):
-        assert torch.equal(a.full_tensor(), b)
+        assert_close(a, b)
 
 
 def check_refusals(mesh: Any, seed: int) -> None:
@@ -156,8 +162,9 @@ def check_two_axes(mesh: Any, seed: int) -> None:
     parts = [distribute_tensor(t.detach(), mesh, [Shard(0), Shard(2)]).requires_grad_() for t in whole]
     out = flash_attn_func(*parts, backend="emulator")
     expected = flash_attn_func(*whole, backend="emulator")
-    assert out.placements == (Shard(0), Shard(2)) and torch.equal(out.full_tensor(), expected)
+    assert out.placements == (Shard(0), Shard(2))
+    assert_close(out, expected)
     out.sum().backward()
     expected.sum().backward()
     for a, b in zip(parts, whole, strict=True):
-        assert torch.equal(a.grad.full_tensor(), b.grad)
+        assert_close(a.grad, b.grad)
