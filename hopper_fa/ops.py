@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
@@ -35,6 +36,8 @@ from hopper_fa.validation import check_fp8_shapes, check_out_dtype, check_shapes
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
+# None without hooks. Older torch cannot say, and pays for the records that hooks need.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 def forward(
@@ -164,7 +167,8 @@ class _Attention(torch.autograd.Function):
 class _Transformed(torch.autograd.Function):
     """`_Attention` for torch.func, which takes its levels off one by one: the inner call meets the next.
 
-    NOTE: a Function of this form takes torch longer to call, so plain calls have `_Attention`.
+    NOTE: a Function of this form takes torch longer to call, so plain calls have `_Attention`. Its rules run
+    while a transform is under way, where torch.compile fails on what it would otherwise trace.
     """
 
     @staticmethod
@@ -185,11 +189,13 @@ class _Transformed(torch.autograd.Function):
     jvp = staticmethod(refuse_jvp)
 
     @staticmethod
+    @_disable_dynamo
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         # NOTE: saved tensors can be wrappers of a level that has ended, which only a Function unwraps.
         return (None, None, None, None, None, *_gradients(ctx, dout, dlse, transformed=True))
 
     @staticmethod
+    @_disable_dynamo
     def vmap(
         info: Any,
         in_dims: tuple[int | None, ...],
@@ -210,7 +216,9 @@ class _Transformed(torch.autograd.Function):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, *ctx.options = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.saved = [(t.shape, t.dtype, t.device) for t in (*tensors, *output)]
+    ctx.saved = None
+    if _saved_tensors_hooks(False) is not None:
+        ctx.saved = [(t.shape, t.dtype, t.device) for t in (*tensors, *output)]
     ctx.set_materialize_grads(False)  # a gradient of LSE that nobody asked for stays None
 
 
@@ -221,7 +229,8 @@ def _gradients(
     saved = ctx.saved_tensors
     if dout is None and dlse is None:
         return [None] * (len(saved) - 2)
-    _check_saved(saved, ctx.saved)
+    if ctx.saved is not None:
+        _check_saved(saved, ctx.saved)
     *tensors, out, lse = saved
     if dout is None:
         dout = out.new_zeros(out.shape[-1]).expand_as(out)
@@ -287,6 +296,7 @@ class _TransformedGradients(torch.autograd.Function):
         return (None,) * ctx.inputs
 
     @staticmethod
+    @_disable_dynamo
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -336,6 +346,7 @@ _forward_op.register_autograd(_forward_gradient, setup_context=_setup_context)
 
 
 @_forward_op.register_vmap
+@_disable_dynamo
 def _forward_vmap(
     info: Any, in_dims: tuple[Any, ...], qkv: list[Tensor], *options: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -396,6 +407,7 @@ _backward_op.register_autograd(_backward_gradient, setup_context=_setup_backward
 
 
 @_backward_op.register_vmap
+@_disable_dynamo
 def _backward_vmap(
     info: Any, in_dims: tuple[Any, ...], dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], *others: Any
 ) -> tuple[list[Tensor], list[int]]:
@@ -463,6 +475,7 @@ _e4m3_op.register_autograd(_e4m3_gradient, setup_context=_setup_e4m3_context)
 
 
 @_e4m3_op.register_vmap
+@_disable_dynamo
 def _e4m3_vmap(
     info: Any, in_dims: tuple[Any, ...], qkv: list[Tensor], *others: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -504,6 +517,7 @@ class _TransformedE4m3(torch.autograd.Function):
         return (None,) * ctx.inputs
 
     @staticmethod
+    @_disable_dynamo
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
