@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from hopper_fa import backend as backends
 from hopper_fa import ops
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import Fp8Recipe
@@ -64,6 +63,12 @@ def flash_attn_func(
     Differentiable once, through out and lse, with respect to q, k and v. Under autocast the inputs become the
     autocast dtype.
 
+    Under torch's machinery: vmap folds its dimension into the batch (what is not mapped is repeated, where the
+    batch is more than 1), torch.func.grad, vjp and jacrev work, forward mode is refused. DTensors may be
+    replicated, or all sharded by batch or all by heads, and results and gradients are then too. Meta tensors
+    give meta tensors. FlopCounterMode counts what it counts for torch's own attention. torch.export takes
+    open batches and lengths.
+
     In FP8, which is not exact: with a recipe, bfloat16 and float16 tensors are quantised by it inside the
     call; tensors that are float8_e4m3fn already are used as they are, times their descales. The gradient of a
     recipe is straight-through: that of exact attention of the unquantised tensors, computed in their dtype,
@@ -102,8 +107,10 @@ def flash_attn_func(
         TypeError, ValueError: an input the kernels do not take, found before anything is launched.
         RuntimeError: no backend can run the call (device is not Hopper, instance not built, a recipe that the
             FP8 kernels do not know).
-        NotImplementedError: an argument is not at its neutral value; from backward(), a second derivative or
-            a gradient of float8_e4m3fn tensors was asked for.
+        NotImplementedError: an argument is not at its neutral value; an input carries a tangent, or
+            softmax_scale wants a gradient; vmap or DTensors meet a recipe with a scale for a whole tensor; a
+            DTensor is sharded otherwise; from backward(), a second derivative or a gradient of
+            float8_e4m3fn tensors was asked for.
     """
     # fmt: off
     options = (
@@ -135,7 +142,7 @@ def _attention(
     if options != _NEUTRAL:
         _refuse_options(options)
     device_type = tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         tensors = _autocast(tensors, device_type)
         with torch.autocast(device_type, enabled=False):
             return _attention(tensors, softmax_scale, causal, options, deterministic, backend, recipe)
@@ -159,6 +166,8 @@ def flash_attn_quantized_func(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over tensors that `quantize_qkv` made, by the recipe they carry. Not differentiable.
 
+    Transforms of torch.func, vmap, tangents and DTensors are refused: `flash_attn_func` with a recipe has them.
+
     Args:
         softmax_scale, causal, return_lse: as in `flash_attn_func`.
         out_dtype: of the output, bfloat16 or float16.
@@ -166,7 +175,7 @@ def flash_attn_quantized_func(
 
     Returns and raises: as `flash_attn_func`.
     """
-    out, lse = backends.run_quantized(qkv.resolved(), softmax_scale, causal, out_dtype, backend)
+    out, lse = ops.forward_quantized(qkv, softmax_scale, causal, out_dtype, backend)
     return (out, lse) if return_lse else out
 
 
@@ -224,8 +233,9 @@ def _packed(
     recipe: Fp8Recipe | None = None,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    for name in options.keys() - _NEUTRAL_VALUES.keys():
-        raise TypeError(f"{name} is no argument of flash_attn_func; leave it out.")
+    for name in options:
+        if name not in _NEUTRAL_VALUES:
+            raise TypeError(f"{name} is no argument of flash_attn_func; leave it out.")
     values = tuple(options.get(name, neutral[0]) for name, neutral in _NEUTRAL_VALUES.items())
     out, lse = _attention(tensors, softmax_scale, causal, values, deterministic, backend, recipe)
     return (out, lse) if return_lse else out

@@ -13,6 +13,7 @@ from hopper_fa.validation import (
     check_backward,
     check_forward,
     check_out_dtype,
+    check_shapes,
     check_softmax,
     loadable,
     resolved,
@@ -84,21 +85,25 @@ def run_backward(
     """Gradients of what `run_forward` computed, or of the same attention in FP8.
 
     Args:
-        dout, dlse: gradients of out and lse, of any strides; dlse None is zero.
-        tensors, softmax_scale, causal, backend: of the forward. out, lse: its results.
+        dout, dlse: gradients of out and lse; dlse None is zero.
+        tensors, softmax_scale, causal, backend: of the forward. out, lse: its results. All tensors in any
+            layout, for hooks on saved tensors may hand them back in another one: what the kernels cannot load
+            is copied.
         deterministic: the same bits every time; torch.use_deterministic_algorithms asks for it too.
 
     Returns:
         a contiguous gradient for every one of `tensors`.
 
     Raises:
-        as `run_forward`; ValueError: see `validation.check_backward`.
+        as `run_forward`, but for layouts; ValueError: see `validation.check_backward`.
     """
     q, k, v = unpack(tensors)
-    check_forward(q, k, v, softmax_scale, causal)
+    check_shapes(q, k, v)
+    check_softmax(softmax_scale, causal)
     check_backward(dout, dlse, q, out, lse)
     dout, out, lse = resolved(dout), resolved(out), resolved(lse)
     dlse = None if dlse is None else resolved(dlse)
+    q, k, v = loadable(resolved(q)), loadable(resolved(k)), loadable(resolved(v))
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()

@@ -8,7 +8,10 @@ import torch
 
 from hopper_fa import kernels
 
-__version__ = importlib.metadata.version("hopper_fa")
+try:
+    __version__ = importlib.metadata.version("hopper_fa")
+except importlib.metadata.PackageNotFoundError:  # a copy of the folder, which works too
+    __version__ = "unknown (no installed metadata)"
 
 
 def build_info() -> dict[str, Any]:

@@ -5,20 +5,39 @@ tensor is one tensor too.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._compile import _disable_dynamo
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 
+from hopper_fa import flops
 from hopper_fa.backend import run_backward, run_forward, run_quantized, run_recipe, unpack
-from hopper_fa.quantization import from_fp8
+from hopper_fa.quantization import QuantizedQKV, from_fp8
 from hopper_fa.recipe import Fp8Recipe
-from hopper_fa.validation import check_fp8_shapes, check_shapes
+from hopper_fa.transforms import (
+    VMAP,
+    batched_level,
+    fold,
+    over_batched,
+    refuse_jvp,
+    refuse_learned_scale,
+    refuse_shared_scales,
+    refuse_tangents,
+    refuse_transforms,
+    unfold,
+)
+from hopper_fa.validation import check_fp8_shapes, check_out_dtype, check_shapes, check_softmax
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
+# None without hooks. Older torch cannot say, and pays for the records that hooks need.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
 def forward(
@@ -35,9 +54,26 @@ def forward(
 
     NOTE: the operators' dispatch costs more CPU time than everything else in a call
     (tests/cpu/test_call_overhead.py), so plain eager calls go around it. Whatever has to see the operator
-    (torch.compile, function transforms, dispatch modes, tensor subclasses) does.
+    (torch.compile, dispatch modes, tensor subclasses, meta tensors) does.
+
+    Raises:
+        NotImplementedError: a derivative is wanted that is not built; see `transforms`.
     """
+    if isinstance(softmax_scale, Tensor):
+        refuse_learned_scale(softmax_scale)
     if not _goes_around(tensors):
+        if _has_dtensor(tensors):
+            from hopper_fa.sharding import over_shards
+
+            return over_shards(
+                lambda parts, _: forward(parts, softmax_scale, causal, deterministic, backend, recipe),
+                tensors,
+                (),
+                recipe,
+            )
+        refuse_tangents(tensors)
+        if _is_transformed() and not _is_compiled_vmap():
+            return _Transformed.apply(softmax_scale, causal, deterministic, backend, recipe, *tensors)
         text = None if recipe is None else recipe.to_text()
         return torch.ops.hopper_fa.forward(tensors, softmax_scale, causal, deterministic, backend, text)
     if _wants_gradient(tensors):
@@ -67,6 +103,7 @@ def _goes_around(tensors: tuple[Tensor, ...]) -> bool:
         or _dispatch_modes()
         or _functorch_level() is not None
         or _tracing_state() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     for t in tensors:
@@ -76,6 +113,32 @@ def _goes_around(tensors: tuple[Tensor, ...]) -> bool:
                     f"an attention input is a {type(t).__name__}; it must be a torch.Tensor; convert it."
                 )
             return False
+    return not tensors[0].is_meta
+
+
+def _has_dtensor(tensors: Sequence[Tensor]) -> bool:
+    # NOTE: by its name, since the class itself takes a second to import.
+    return any(type(t).__name__ == "DTensor" for t in tensors)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func or vmap is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _is_compiled_vmap() -> bool:
+    """Whether torch.compile is looking at a transform, where it must see the operator.
+
+    Raises:
+        NotImplementedError: the transform is one for derivatives.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    if retrieve_current_functorch_interpreter().key() != TransformType.Vmap:
+        raise NotImplementedError(
+            "torch.compile met attention inside a derivative of torch.func (grad, vjp, jacrev); it can "
+            "compile the call and vmap of it only; compile the function and take the derivative outside."
+        )
     return True
 
 
@@ -98,26 +161,150 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, None, *(_gradients(ctx, dout, dlse) or ()))
+        return (None, None, None, None, None, *_gradients(ctx, dout, dlse))
+
+
+class _Transformed(torch.autograd.Function):
+    """`_Attention` for torch.func, which takes its levels off one by one: the inner call meets the next.
+
+    NOTE: a Function of this form takes torch longer to call, so plain calls have `_Attention`. Its rules run
+    while a transform is under way, where torch.compile fails on what it would otherwise trace.
+    """
+
+    @staticmethod
+    def forward(
+        softmax_scale: float | None,
+        causal: bool,
+        deterministic: bool,
+        backend: str | None,
+        recipe: Fp8Recipe | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return forward(tensors, softmax_scale, causal, deterministic, backend, recipe)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, (inputs[5:], *inputs[:4]), output)
+
+    jvp = staticmethod(refuse_jvp)
+
+    @staticmethod
+    @_disable_dynamo
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        # NOTE: saved tensors can be wrappers of a level that has ended, which only a Function unwraps.
+        return (None, None, None, None, None, *_gradients(ctx, dout, dlse, transformed=True))
+
+    @staticmethod
+    @_disable_dynamo
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        softmax_scale: float | None,
+        causal: bool,
+        deterministic: bool,
+        backend: str | None,
+        recipe: Fp8Recipe | None,
+        *tensors: Tensor,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        refuse_shared_scales(recipe, VMAP)
+        size = info.batch_size
+        folded = tuple(fold(t, dim, size) for t, dim in zip(tensors, in_dims[5:], strict=True))
+        out, lse = forward(folded, softmax_scale, causal, deterministic, backend, recipe)
+        return (unfold(out, size), unfold(lse, size)), (0, 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, *ctx.options = inputs
     ctx.save_for_backward(*tensors, *output)
+    ctx.saved = None
+    if _saved_tensors_hooks(False) is not None:
+        ctx.saved = [(t.shape, t.dtype, t.device) for t in (*tensors, *output)]
     ctx.set_materialize_grads(False)  # a gradient of LSE that nobody asked for stays None
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> list[Tensor] | None:
-    *tensors, out, lse = ctx.saved_tensors
+def _gradients(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, transformed: bool = False
+) -> Sequence[Tensor | None]:
+    """A gradient for each of the tensors; None for each where out and lse have none."""
+    saved = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return [None] * (len(saved) - 2)
+    if ctx.saved is not None:
+        _check_saved(saved, ctx.saved)
+    *tensors, out, lse = saved
     if dout is None:
-        if dlse is None:
-            return None
         dout = out.new_zeros(out.shape[-1]).expand_as(out)
-    arguments = (dout, dlse, tensors, out, lse, *ctx.options)
+    refuse_tangents((dout, dlse, *tensors))
+    inputs = (dout, dlse, out, lse, *tensors)
+    if transformed or _is_transformed():
+        return _TransformedGradients.apply(*ctx.options, *inputs)
+    if level := batched_level():
+        run = functools.partial(_TransformedGradients.apply, *ctx.options)
+        return over_batched(run, inputs, level)
+    return _run_gradients(dout, dlse, tensors, out, lse, *ctx.options)
+
+
+def _check_saved(saved: Sequence[Tensor], before: list[tuple[Any, ...]]) -> None:
+    """Raise ValueError if a tensor that came back from a hook on saved tensors is not what was saved."""
+    for t, (shape, dtype, device) in zip(saved, before, strict=True):
+        if t.dtype != dtype or t.shape != shape or t.device != device:
+            raise ValueError(
+                f"a tensor saved for attention's backward came back as {t.dtype} of shape {tuple(t.shape)} "
+                f"on {t.device}; it must be {dtype} of shape {tuple(shape)} on {device}, in any layout; let "
+                "the hook on saved tensors undo what it did."
+            )
+
+
+def _run_gradients(
+    dout: Tensor, dlse: Tensor | None, tensors: Sequence[Tensor], out: Tensor, lse: Tensor, *options: Any
+) -> list[Tensor]:
+    arguments = (dout, dlse, tensors, out, lse, *options)
     # Graphs of graphs (create_graph=True) meet the operator, which says that there is no second derivative.
     if torch.is_grad_enabled() or not _goes_around((dout, *tensors)):
         return torch.ops.hopper_fa.backward(*arguments)
     return run_backward(*arguments)
+
+
+class _TransformedGradients(torch.autograd.Function):
+    """The backward under torch.func, and under vmap over gradients (is_grads_batched, jacrev)."""
+
+    @staticmethod
+    def forward(
+        softmax_scale: float | None,
+        causal: bool,
+        deterministic: bool,
+        backend: str | None,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        options = (softmax_scale, causal, deterministic, backend)
+        return tuple(_run_gradients(dout, dlse, tensors, out, lse, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    jvp = staticmethod(refuse_jvp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        _refuse_second_derivative(grads)
+        return (None,) * ctx.inputs
+
+    @staticmethod
+    @_disable_dynamo
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
+        options = inputs[:4]
+        folded = (fold(t, dim, size) for t, dim in zip(inputs[4:], in_dims[4:], strict=True))
+        gradients = _TransformedGradients.apply(*options, *folded)
+        return tuple(unfold(t, size) for t in gradients), (0,) * len(gradients)
 
 
 @torch.library.custom_op(
@@ -134,6 +321,7 @@ def _forward_op(
     backend: str | None,
     recipe: str | None,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents(qkv)  # of compiled calls
     parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
     return _run(qkv, softmax_scale, causal, backend, parsed)
 
@@ -147,7 +335,7 @@ def _forward_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    return _gradients(ctx, dout, dlse), None, None, None, None, None
+    return list(_gradients(ctx, dout, dlse)), None, None, None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -155,6 +343,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 _forward_op.register_autograd(_forward_gradient, setup_context=_setup_context)
+
+
+@_forward_op.register_vmap
+@_disable_dynamo
+def _forward_vmap(
+    info: Any, in_dims: tuple[Any, ...], qkv: list[Tensor], *options: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    recipe = options[-1]
+    if recipe is not None:
+        refuse_shared_scales(Fp8Recipe.from_text(recipe), VMAP)
+    size = info.batch_size
+    folded = [fold(t, dim, size) for t, dim in zip(qkv, in_dims[0], strict=True)]
+    out, lse = torch.ops.hopper_fa.forward(folded, *options)
+    return (unfold(out, size), unfold(lse, size)), (0, 0)
 
 
 @torch.library.custom_op(
@@ -182,14 +384,41 @@ def _backward_fake(dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], *_: Any
     return [t.new_empty(t.shape) for t in qkv]
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
-    raise NotImplementedError(
-        "a second derivative of hopper_fa attention was asked for; only the first is built; leave out "
-        "create_graph=True, or use attention_reference, which can be differentiated again."
+def _refuse_second_derivative(grads: Sequence[Tensor | None]) -> None:
+    """Raise NotImplementedError if one of `grads`, the gradients of gradients, is there."""
+    if any(grad is not None for grad in grads):
+        raise NotImplementedError(
+            "a second derivative of hopper_fa attention was asked for; only the first is built; leave out "
+            "create_graph=True, or use attention_reference, which can be differentiated again."
+        )
+
+
+def _backward_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    _refuse_second_derivative(grads)
+    return None, None, [None] * ctx.tensors, *(None,) * 6
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.tensors = len(output)
+    ctx.set_materialize_grads(False)
+
+
+_backward_op.register_autograd(_backward_gradient, setup_context=_setup_backward_context)
+
+
+@_backward_op.register_vmap
+@_disable_dynamo
+def _backward_vmap(
+    info: Any, in_dims: tuple[Any, ...], dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], *others: Any
+) -> tuple[list[Tensor], list[int]]:
+    size = info.batch_size
+    dout, dlse, out, lse = (
+        fold(t, dim, size)
+        for t, dim in zip((dout, dlse, *others[:2]), (*in_dims[:2], *in_dims[3:5]), strict=True)
     )
-
-
-_backward_op.register_autograd(_no_second_derivative)
+    qkv = [fold(t, dim, size) for t, dim in zip(qkv, in_dims[2], strict=True)]
+    gradients = torch.ops.hopper_fa.backward(dout, dlse, qkv, out, lse, *others[2:])
+    return [unfold(t, size) for t in gradients], [0] * len(gradients)
 
 
 @torch.library.custom_op(
@@ -208,6 +437,7 @@ def _e4m3_op(
     backend: str | None,
     recipe: str | None,
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents((*qkv, q_descale, k_descale, v_descale))
     parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
     return _run_e4m3(qkv, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, parsed)
 
@@ -221,26 +451,80 @@ def _e4m3_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape, dtype=torch.bfloat16), lse
 
 
-def _no_e4m3_gradient(ctx: Any, *grads: Any) -> NoReturn:
-    raise NotImplementedError(
-        "a gradient of attention over float8 tensors was asked for; it has none; pass bfloat16 or float16 "
-        "tensors and a recipe, whose gradient is straight-through, or call it under torch.no_grad()."
-    )
+def _refuse_e4m3_gradient(grads: Sequence[Tensor | None]) -> None:
+    """Raise NotImplementedError if one of `grads`, those of out and lse, is there."""
+    if any(grad is not None for grad in grads):
+        raise NotImplementedError(
+            "a gradient of attention over float8 tensors was asked for; it has none; pass bfloat16 or "
+            "float16 tensors and a recipe, whose gradient is straight-through, or call it under "
+            "torch.no_grad()."
+        )
 
 
-_e4m3_op.register_autograd(_no_e4m3_gradient)
+def _e4m3_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    _refuse_e4m3_gradient(grads)
+    return [None] * ctx.tensors, *(None,) * 7
 
 
-class _WithoutGradient(torch.autograd.Function):
-    """What `forward_e4m3` and the gradient of the operator are together, for eager calls."""
+def _setup_e4m3_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.tensors = len(inputs[0])
+    ctx.set_materialize_grads(False)
+
+
+_e4m3_op.register_autograd(_e4m3_gradient, setup_context=_setup_e4m3_context)
+
+
+@_e4m3_op.register_vmap
+@_disable_dynamo
+def _e4m3_vmap(
+    info: Any, in_dims: tuple[Any, ...], qkv: list[Tensor], *others: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    size = info.batch_size
+    folded = [fold(t, dim, size) for t, dim in zip(qkv, in_dims[0], strict=True)]
+    descales = [fold(t, dim, size) for t, dim in zip(others[:3], in_dims[1:4], strict=True)]
+    out, lse = torch.ops.hopper_fa.forward_e4m3(folded, *descales, *others[3:])
+    return (unfold(out, size), unfold(lse, size)), (0, 0)
+
+
+class _TransformedE4m3(torch.autograd.Function):
+    """`forward_e4m3` for torch.func (see `_Transformed`), and where a gradient would be wanted."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[], tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return run()
+    def forward(
+        softmax_scale: float | None,
+        causal: bool,
+        backend: str | None,
+        recipe: Fp8Recipe | None,
+        q_descale: Tensor | None,
+        k_descale: Tensor | None,
+        v_descale: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_e4m3(
+            tensors, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, recipe
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        _no_e4m3_gradient(ctx, *grads)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    jvp = staticmethod(refuse_jvp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        _refuse_e4m3_gradient(grads)
+        return (None,) * ctx.inputs
+
+    @staticmethod
+    @_disable_dynamo
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        size = info.batch_size
+        folded = (fold(t, dim, size) for t, dim in zip(inputs[4:], in_dims[4:], strict=True))
+        out, lse = _TransformedE4m3.apply(*inputs[:4], *folded)
+        return (unfold(out, size), unfold(lse, size)), (0, 0)
 
 
 def forward_e4m3(
@@ -252,12 +536,28 @@ def forward_e4m3(
     recipe: Fp8Recipe | None,
 ) -> tuple[Tensor, Tensor]:
     """`forward` of tensors that are float8_e4m3fn, see `quantization.from_fp8`: out in bfloat16, and lse."""
+    if isinstance(softmax_scale, Tensor):
+        refuse_learned_scale(softmax_scale)
     inputs = (*tensors, *(t for t in descales if t is not None))
-    if not _goes_around(inputs):
-        text = None if recipe is None else recipe.to_text()
-        return torch.ops.hopper_fa.forward_e4m3(tensors, *descales, softmax_scale, causal, backend, text)
-    run = functools.partial(_run_e4m3, tensors, descales, softmax_scale, causal, backend, recipe)
-    return _WithoutGradient.apply(run, *inputs) if _wants_gradient(inputs) else run()
+    around = _goes_around(inputs)
+    if not around:
+        if _has_dtensor(inputs):
+            from hopper_fa.sharding import over_shards
+
+            return over_shards(
+                lambda *parts: forward_e4m3(*parts, softmax_scale, causal, backend, recipe),
+                tensors,
+                descales,
+                recipe,
+            )
+        refuse_tangents(inputs)
+    transformed = _is_transformed() and not _is_compiled_vmap()
+    if transformed or (around and _wants_gradient(inputs)):
+        return _TransformedE4m3.apply(softmax_scale, causal, backend, recipe, *descales, *tensors)
+    if around:
+        return _run_e4m3(tensors, descales, softmax_scale, causal, backend, recipe)
+    text = None if recipe is None else recipe.to_text()
+    return torch.ops.hopper_fa.forward_e4m3(tensors, *descales, softmax_scale, causal, backend, text)
 
 
 def _run_e4m3(
@@ -270,3 +570,56 @@ def _run_e4m3(
 ) -> tuple[Tensor, Tensor]:
     qkv = from_fp8(*unpack(tensors), *descales, recipe)
     return run_quantized(qkv, softmax_scale, causal, torch.bfloat16, backend)
+
+
+@torch.library.custom_op(
+    "hopper_fa::forward_quantized",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor? v_mean, "
+    "Tensor? lse_shift, Tensor? key_bias, str recipe, SymInt head_dim, SymInt seqlen_q, SymInt seqlen_k, "
+    "float? softmax_scale, bool causal, ScalarType out_dtype, str? backend) -> (Tensor out, Tensor lse)",
+)
+def _quantized_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, recipe, head_dim, seqlen_q, seqlen_k, softmax_scale, causal, out_dtype, backend = arguments
+    refuse_tangents(tensors)
+    qkv = QuantizedQKV(*tensors, Fp8Recipe.from_text(recipe), head_dim, seqlen_q, seqlen_k)
+    return run_quantized(qkv, softmax_scale, causal, out_dtype, backend)
+
+
+@_quantized_op.register_fake
+def _quantized_fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    head_dim, seqlen_q, _, softmax_scale, causal, out_dtype, _ = arguments[9:]
+    check_softmax(softmax_scale, causal)
+    check_out_dtype(out_dtype)
+    batch, _, heads_q, _ = q.shape
+    lse = q.new_empty((batch, heads_q, seqlen_q), dtype=torch.float32)
+    return q.new_empty((batch, seqlen_q, heads_q, head_dim), dtype=out_dtype), lse
+
+
+def forward_quantized(
+    qkv: QuantizedQKV,
+    softmax_scale: float | None,
+    causal: bool,
+    out_dtype: torch.dtype,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """out in out_dtype and lse of tensors that are quantised already, by the operator or around it.
+
+    Raises:
+        NotImplementedError: a derivative is wanted, or a transform of torch.func or vmap is under way.
+    """
+    if isinstance(softmax_scale, Tensor):
+        refuse_learned_scale(softmax_scale)
+    scales = (qkv.q_scale, qkv.k_scale, qkv.v_scale)
+    tensors = (qkv.q, qkv.k, qkv.v, *scales, qkv.v_mean, qkv.lse_shift, qkv.key_bias)
+    present = tuple(t for t in tensors if t is not None)
+    refuse_transforms(present, "flash_attn_quantized_func")
+    if _goes_around(present):
+        return run_quantized(qkv.resolved(), softmax_scale, causal, out_dtype, backend)
+    sizes = (qkv.head_dim, qkv.seqlen_q, qkv.seqlen_k)
+    return torch.ops.hopper_fa.forward_quantized(
+        *tensors, qkv.recipe.to_text(), *sizes, softmax_scale, causal, out_dtype, backend
+    )
+
+
+flops.register()

@@ -14,6 +14,7 @@ import torch
 
 from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
 from hopper_fa.token_stats import mean_error, sampled_tokens, token_mean, tree_sum
+from hopper_fa.transforms import refuse_transforms
 from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes, resolved
 
 PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
@@ -151,7 +152,9 @@ def quantize_qkv(
 
     Raises:
         ValueError: dtypes, devices or shapes that do not fit.
+        NotImplementedError: a transform of torch.func or a tangent is in them, which would vanish here.
     """
+    refuse_transforms((q, k, v), "quantize_qkv")
     recipe = Fp8Recipe.default() if recipe is None else recipe
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:

@@ -72,6 +72,9 @@ def check_softmax(softmax_scale: float | None, causal: bool) -> None:
 def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """What does not depend on memory: dtype, device, shape. Works on fake tensors and symbolic sizes.
 
+    NOTE: a batch or length that is symbolic is not held against its limit, for torch.export would take the
+    comparison as a bound on that size; it is when the exported program runs.
+
     Raises:
         ValueError: they do not fit together, or no kernel takes them.
     """
@@ -112,16 +115,21 @@ def check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"q has {heads_q} heads and k, v have {heads_kv}; the heads of q must be a positive multiple of "
             "those of k and v; repeat or drop heads."
         )
-    if seqlen_q >= MAX_SEQLEN or seqlen_k >= MAX_SEQLEN:
+    if _reaches(seqlen_q, MAX_SEQLEN) or _reaches(seqlen_k, MAX_SEQLEN):
         raise ValueError(
             f"sequence lengths are {seqlen_q} (q) and {seqlen_k} (k, v); each must be below {MAX_SEQLEN}; "
             "split the sequence and combine the parts with merge_attention."
         )
-    if batch * heads_q * ((seqlen_q + 63) // 64) >= MAX_TILES:
+    if _reaches(batch * heads_q * ((seqlen_q + 63) // 64), MAX_TILES):
         raise ValueError(
             f"q of shape {tuple(q.shape)} makes {MAX_TILES} or more tiles of 64 rows; fewer are "
             "allowed; split the batch."
         )
+
+
+def _reaches(size: int | torch.SymInt, limit: int) -> bool:
+    """Whether a size that is known is not below its limit."""
+    return isinstance(size, int) and size >= limit
 
 
 def check_fp8_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

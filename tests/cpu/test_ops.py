@@ -138,12 +138,6 @@ def test_dispatch_modes_see_the_operator(recipe: Fp8Recipe | None, seed: int) ->
     assert seen.names[0] == "hopper_fa::forward"
 
 
-def test_function_transforms_do_not_go_around(seed: int) -> None:
-    q, k, v = CASES[0].qkv(torch.bfloat16, seed)
-    with pytest.raises(RuntimeError, match="functorch"):  # torch's own sentence about operators of this kind
-        torch.func.grad(lambda query: emulated(query, k, v)[0].float().sum())(q)
-
-
 def test_plain_calls_go_around(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "run_forward", lambda tensors, *_: attention_reference(*tensors))
     q, k, v = CASES[0].qkv(torch.bfloat16, seed)
