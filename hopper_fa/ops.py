@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hopper_fa.backend import run_backward, run_forward, run_quantized, run_recipe, unpack
-from hopper_fa.quantization import from_fp8
+from hopper_fa.backend import run_backward, run_e4m3, run_forward, run_recipe, unpack
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.validation import check_fp8_shapes, check_shapes
 
@@ -209,7 +208,7 @@ def _e4m3_op(
     recipe: str | None,
 ) -> tuple[Tensor, Tensor]:
     parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
-    return _run_e4m3(qkv, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, parsed)
+    return run_e4m3(qkv, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, parsed)
 
 
 @_e4m3_op.register_fake
@@ -256,17 +255,5 @@ def forward_e4m3(
     if not _goes_around(inputs):
         text = None if recipe is None else recipe.to_text()
         return torch.ops.hopper_fa.forward_e4m3(tensors, *descales, softmax_scale, causal, backend, text)
-    run = functools.partial(_run_e4m3, tensors, descales, softmax_scale, causal, backend, recipe)
+    run = functools.partial(run_e4m3, tensors, descales, softmax_scale, causal, backend, recipe)
     return _WithoutGradient.apply(run, *inputs) if _wants_gradient(inputs) else run()
-
-
-def _run_e4m3(
-    tensors: Sequence[Tensor],
-    descales: Sequence[Tensor | None],
-    softmax_scale: float | None,
-    causal: bool,
-    backend: str | None,
-    recipe: Fp8Recipe | None,
-) -> tuple[Tensor, Tensor]:
-    qkv = from_fp8(*unpack(tensors), *descales, recipe)
-    return run_quantized(qkv, softmax_scale, causal, torch.bfloat16, backend)
