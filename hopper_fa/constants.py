@@ -30,7 +30,7 @@ def constant(value: float, count: int, device: torch.device) -> torch.Tensor:
 
 
 def lasting(make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `make` returns, a copy to a CUDA device, in memory that belongs to no graph; any stream may read it.
+    """What `make` returns, a copy to a CUDA device, in memory of no graph; any stream may read it.
 
     NOTE: while torch warms a graph up (torch.compile with mode="reduce-overhead"), the graph's pool gets all
     that the thread allocates, and reuses it; so another thread makes the copy. A copy from pageable memory

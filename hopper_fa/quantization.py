@@ -33,10 +33,10 @@ _E4M3_ONE = 0x38  # the code of 1
 class QuantizedQKV:
     """8-bit Q, K and V with all that attention over them needs. Made by `quantize_qkv` or `from_fp8`.
 
-    tile_d is the smallest of 64, 128, 256 that holds head_dim; keys_pitch is seqlen_k rounded up to 16. All is
-    on one device. `quantize_qkv` makes everything contiguous, with head_dim of q and k filled up with zeros to
-    a multiple of 16. Of `from_fp8`, q and k may be views of the caller's tensors, and q_scale and k_scale
-    have any strides, also 0.
+    tile_d is the smallest of 64, 128, 256 that holds head_dim; keys_pitch is seqlen_k rounded up to 16. All
+    tensors are on one device. `quantize_qkv` makes them contiguous, and fills the rows of q and k up with
+    zeros to a multiple of 16 bytes. From `from_fp8`, q and k may be views of the caller's tensors, and
+    q_scale and k_scale may have any strides, also 0.
 
     Attributes:
         q: (batch, seqlen_q, heads_q, head_dim or more), float8_e4m3fn or int8. Nothing reads what lies past
@@ -139,7 +139,7 @@ class QuantizedQKV:
 def quantize_qkv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
 ) -> QuantizedQKV:
-    """Q, K and V in 8 bits by `recipe`, in torch operations on any device, which the result does not depend on.
+    """Q, K and V in 8 bits by `recipe`, in torch operations; every device gives the same result.
 
     This is what the kernels must reproduce. `hopper_fa.quantize_qkv` runs the kernels where they can run.
 
@@ -472,7 +472,7 @@ def _loadable_rows(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _indexable(scale: torch.Tensor) -> torch.Tensor:
-    """scale, or a copy of it if its elements lie so far apart that the kernel's int32 offsets do not reach."""
+    """scale, or a copy of it if its elements lie too far apart for the kernel's int32 offsets."""
     span = sum(size * stride for size, stride in zip(scale.shape, scale.stride(), strict=True))
     return scale if span < 2**31 else scale.clone(memory_format=torch.contiguous_format)
 
