@@ -27,6 +27,10 @@ _SMALLEST_AMAX = 2.0**-100
 _HEADROOM = 32
 _SATURATES = 432.0  # from here on all is rounded to 448
 _E4M3_ONE = 0x38  # the code of 1
+_FA3 = Fp8Recipe.fa3()
+# Its fields that a recipe for tensors that are e4m3 already must have.
+_FIXED_OF_E4M3 = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
+_FIXED_OF_E4M3 += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "sample_stats")
 
 
 @dataclass(frozen=True)
@@ -247,15 +251,12 @@ def from_fp8(
     Raises:
         ValueError: dtypes, devices or shapes that do not fit, or a recipe that would have to quantise.
     """
-    fa3 = Fp8Recipe.fa3()
-    recipe = fa3 if recipe is None else recipe
-    fixed = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
-    fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "sample_stats")
-    for name in fixed:
-        if getattr(recipe, name) != getattr(fa3, name):
+    recipe = _FA3 if recipe is None else recipe
+    for name in () if recipe is _FA3 else _FIXED_OF_E4M3:
+        if getattr(recipe, name) != getattr(_FA3, name):
             raise ValueError(
                 f"the recipe for tensors that are e4m3 already has {name} {getattr(recipe, name)!r}; it must "
-                f"be {getattr(fa3, name)!r}; change a copy of Fp8Recipe.fa3() with dataclasses.replace, or "
+                f"be {getattr(_FA3, name)!r}; change a copy of Fp8Recipe.fa3() with dataclasses.replace, or "
                 "pass unquantised tensors."
             )
     check_fp8_shapes(q, k, v)
@@ -274,7 +275,7 @@ def from_fp8(
         size = (batch, heads_kv, head_dim)
         v_scale = constant(1.0, math.prod(size), q.device)[: math.prod(size)].view(size)
     else:
-        v_scale = v_scale.repeat(1, 1, head_dim)
+        v_scale = v_scale.expand(batch, heads_kv, head_dim).contiguous()
     return QuantizedQKV(
         q=_loadable_rows(q),
         k=_loadable_rows(k),

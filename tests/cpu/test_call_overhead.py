@@ -167,9 +167,9 @@ def test_e4m3_call(layout: str, launches: list[tuple], monkeypatch: pytest.Monke
 
     for queries, scales, expected in (
         (q, (None, None, None), []),
-        (q, descales, ["clone", "repeat"]),  # q_scale for 4 query heads, v_scale for all channels
-        (q[:, :, :2], descales, ["repeat"]),
-        (q, tuple(t[:, :1].expand(2, 2) for t in descales), ["repeat"]),
+        (q, descales, ["clone", "clone"]),  # q_scale for 4 query heads, v_scale for all channels
+        (q[:, :, :2], descales, ["clone"]),
+        (q, tuple(t[:, :1].expand(2, 2) for t in descales), ["clone"]),
     ):
         call(queries, scales)  # makes the constants
         made.clear()
