@@ -447,7 +447,7 @@ def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def _pad_channels(codes: torch.Tensor) -> torch.Tensor:
-    """(batch, seqlen, heads, head_dim) 8-bit codes with head_dim filled up with zeros to a multiple of PITCH."""
+    """(batch, seqlen, heads, head_dim) 8-bit codes, zeros after head_dim up to a multiple of PITCH."""
     padded = codes.new_zeros(*codes.shape[:3], -(-codes.shape[3] // PITCH) * PITCH, dtype=torch.uint8)
     padded[..., : codes.shape[3]] = codes.view(torch.uint8)
     return padded.view(codes.dtype)
