@@ -16,7 +16,7 @@ import torch
 from peers import Call, Peer, _fa2, _hopper_fa, _version, build_graph, graph_call, heads_layout, reason
 from shapes import Shape
 
-from hopper_fa import Fp8Recipe, kernels, quantize_kernels, quantize_qkv
+from hopper_fa import Fp8Recipe, kernels, quantize_qkv
 
 TOLERANCE = 0.12  # FP8 attention of normal inputs is 4e-2 to 7e-2 from 16 bits; a wrong layout about 1
 E4M3_MAX = 448.0
@@ -44,7 +44,7 @@ def fp8_peer(name: str, recipe: Fp8Recipe, variant: str | None = None, end_to_en
         lse = torch.empty((shape.batch, shape.heads, shape.seqlen), device=q.device)
 
         def call() -> torch.Tensor:
-            qkv = quantize_kernels.quantize_qkv(q, k, v, recipe) if end_to_end else beforehand
+            qkv = quantize_qkv(q, k, v, recipe) if end_to_end else beforehand
             kernels.forward_fp8(qkv, out, lse, shape.head_dim**-0.5, shape.causal, variant)
             return out
 

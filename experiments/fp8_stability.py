@@ -8,9 +8,16 @@ from dataclasses import replace
 import torch
 from fp8_studies import DEFAULT, Problem, Row, Sizes
 
-from hopper_fa import Fp8Recipe, error_metrics, merge_attention, quantize_qkv
+from hopper_fa import Fp8Recipe, error_metrics, merge_attention
 from hopper_fa.accuracy import unfused_attention
-from hopper_fa.accuracy_fp8 import attend, forward_16bit, implementation, reference, study_inputs
+from hopper_fa.accuracy_fp8 import (
+    attend,
+    forward_16bit,
+    implementation,
+    quantize,
+    reference,
+    study_inputs,
+)
 from hopper_fa.recipe import E4M3_MAX
 
 Round = Callable[[torch.Tensor], torch.Tensor]
@@ -174,7 +181,7 @@ def e11(sizes: Sizes) -> Iterator[Row]:
             def run(q, k, v, causal=False, recipe=recipe):
                 if recipe is None:
                     return forward_16bit(q, k, v, causal)
-                return attend(quantize_qkv(q, k, v, recipe), runs_on, causal)
+                return attend(quantize(q, k, v, recipe, runs_on), runs_on, causal)
 
             alone, _, ran_on = run(part, k, v)
             ref, _ = reference(part, k, v)

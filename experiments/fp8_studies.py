@@ -15,9 +15,16 @@ from dataclasses import dataclass, replace
 import torch
 from fp8_published import FA3, p_cast_share
 
-from hopper_fa import Fp8Recipe, error_metrics, quantize_qkv
+from hopper_fa import Fp8Recipe, error_metrics
 from hopper_fa.accuracy import unfused_attention
-from hopper_fa.accuracy_fp8 import attend, forward_16bit, implementation, reference, study_inputs
+from hopper_fa.accuracy_fp8 import (
+    attend,
+    forward_16bit,
+    implementation,
+    quantize,
+    reference,
+    study_inputs,
+)
 from hopper_fa.kernels import EXP2_LINEAR_MEAN
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import E4M3_MAX, K_BLOCK
@@ -66,7 +73,7 @@ class Problem:
         return cls(sizes, *exact, inputs=kind, seed=seed)
 
     def quantize(self, recipe: Fp8Recipe) -> QuantizedQKV:
-        return quantize_qkv(self.q, self.k, self.v, recipe)
+        return quantize(self.q, self.k, self.v, recipe, self.runs_on)
 
     def row(
         self, variant: str, ran_on: str, out: torch.Tensor, lse: torch.Tensor | None = None, **more

@@ -6,10 +6,11 @@ from hopper_fa.attention import (
     flash_attn_qkvpacked_func,
     flash_attn_quantized_func,
     merge_attention,
+    quantize_qkv,
 )
 from hopper_fa.info import __version__, build_info
 from hopper_fa.metrics import error_metrics
-from hopper_fa.quantization import QuantizedQKV, quantize_qkv
+from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.reference import attention_reference
 

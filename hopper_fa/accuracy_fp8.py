@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from hopper_fa.accuracy import random_qkv
-from hopper_fa.attention import flash_attn_func, flash_attn_quantized_func
+from hopper_fa.attention import flash_attn_func, flash_attn_quantized_func, quantize_qkv
 from hopper_fa.emulator_fp8 import attention_fp8_emulated
 from hopper_fa.metrics import error_metrics
-from hopper_fa.quantization import QuantizedQKV, quantize_qkv
+from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.reference import attention_reference
 
@@ -156,6 +156,17 @@ def implementation(device: str | torch.device) -> str:
     return "kernel"
 
 
+def quantize(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe, runs_on: str
+) -> QuantizedQKV:
+    """Quantised tensors for `attend`, by the kernels or by torch operations.
+
+    Args:
+        runs_on: from `implementation`.
+    """
+    return quantize_qkv(q, k, v, recipe, backend="cuda" if runs_on == "kernel" else "emulator")
+
+
 def attend(qkv: QuantizedQKV, runs_on: str, causal: bool = False) -> tuple[torch.Tensor, torch.Tensor, str]:
     """FP8 attention over quantised tensors: out in BF16, lse, and what ran it.
 
@@ -216,7 +227,7 @@ def fp8_accuracy(
             if attention == BF16:
                 out, lse, ran_on = forward_16bit(*rounded)
             else:
-                out, lse, ran_on = attend(quantize_qkv(*rounded, RECIPES[attention]()), runs_on)
+                out, lse, ran_on = attend(quantize(*rounded, RECIPES[attention](), runs_on), runs_on)
             errors = error_metrics(out, ref)
             beside, by = setup.beside.get(attention, (None, None))
             yield {

@@ -76,8 +76,9 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), bfloat16, float16 or float8_e4m3fn, head_dim a multiple of 8
-            up to 256. Strides, except of float8_e4m3fn, multiples of 8 elements, the last one 1; data 16-byte
-            aligned.
+            up to 256. Strides multiples of 16 bytes, the last one 1; data 16-byte aligned. float8_e4m3fn may
+            have any; q and k are copied where they are not like that (as with most head_dim that are no
+            multiple of 16), and v always is.
         k, v: (batch, seqlen_k, heads_kv, head_dim), same dtype and device; heads_q must be a multiple of
             heads_kv, and query head h reads key/value head h // (heads_q // heads_kv).
         softmax_scale: factor on the scores, from -2**64 to 2**64, also 0; None means 1 / sqrt(head_dim). The
@@ -155,6 +156,37 @@ def _autocast(tensors: tuple[torch.Tensor, ...], device_type: str) -> tuple[torc
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def quantize_qkv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    recipe: Fp8Recipe | None = None,
+    *,
+    backend: str | None = None,
+) -> QuantizedQKV:
+    """Q, K and V in 8 bits, for `flash_attn_quantized_func`; what a call with a recipe does. No gradient.
+
+    CUDA tensors are quantised by the kernels, all others by torch operations (`quantization.quantize_qkv`,
+    which also says what becomes of NaN and infinity). Both give the same bits, but for lse_shift and
+    key_bias: those are float32 sums over head_dim, which the kernels add in another order.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim), bfloat16 or float16, or float32 where torch operations
+            quantise it; head_dim a multiple of 8 up to 256, heads_q a multiple of heads_kv. Any strides;
+            what the kernels cannot load where it is, they copy.
+        k, v: (batch, seqlen_k, heads_kv, head_dim), dtype and device of q.
+        recipe: None means Fp8Recipe.default().
+        backend: "cuda" (the kernels), "emulator" or "reference" (torch operations, slow, on any device), or
+            "auto". None: the environment variable HOPPER_FA_BACKEND, or "auto".
+
+    Raises:
+        ValueError: dtypes, devices or shapes that do not fit; float32 for the kernels; unknown backend.
+        RuntimeError: the kernels were to run, but the device is not a Hopper GPU, or this build holds none
+            for the dtype.
+    """
+    return backends.run_quantize(q, k, v, recipe, backend)
+
+
 def flash_attn_quantized_func(
     qkv: QuantizedQKV,
     softmax_scale: float | None = None,
@@ -166,6 +198,7 @@ def flash_attn_quantized_func(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over tensors that `quantize_qkv` made, by the recipe they carry. Not differentiable.
 
+    It does not matter which backend quantised them, so long as they are on the device that runs this.
     Transforms of torch.func, vmap, tangents and DTensors are refused: `flash_attn_func` with a recipe has them.
 
     Args:

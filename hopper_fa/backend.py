@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from hopper_fa import emulator, emulator_backward, emulator_fp8, kernels, quantize_kernels, reference
-from hopper_fa.quantization import QuantizedQKV, quantize_qkv
+from hopper_fa.quantization import QuantizedQKV, check_quantizable, from_fp8, quantize_qkv
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.validation import (
     check_backward,
     check_forward,
+    check_fp8_shapes,
     check_out_dtype,
     check_shapes,
     check_softmax,
@@ -147,6 +148,47 @@ def run_recipe(
     return run_quantized(quantize(q, k, v, recipe), softmax_scale, causal, q.dtype, name)
 
 
+def run_e4m3(
+    tensors: Sequence[torch.Tensor],
+    descales: Sequence[torch.Tensor | None],
+    softmax_scale: float | None,
+    causal: bool,
+    backend: str | None,
+    recipe: Fp8Recipe | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over tensors that are float8_e4m3fn, in bfloat16, by `from_fp8`; see `run_quantized`.
+
+    Args:
+        tensors: see `unpack`. descales: of Q, K and V.
+
+    Raises:
+        TypeError, ValueError: see `from_fp8`; an argument the kernels do not take; unknown backend.
+        RuntimeError: the backend has no kernel for it.
+    """
+    q, k, v = unpack(tensors)
+    check_fp8_shapes(q, k, v)
+    check_softmax(softmax_scale, causal)
+    name = resolve_fp8(backend, q.device)
+    transpose_v = quantize_kernels.transpose_v if name == "cuda" else None
+    qkv = from_fp8(q, k, v, *descales, recipe, transpose_v=transpose_v)
+    return run_quantized(qkv, softmax_scale, causal, torch.bfloat16, name)
+
+
+def run_quantize(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None, backend: str | None
+) -> QuantizedQKV:
+    """`quantization.quantize_qkv` by what `resolve_quantize` says.
+
+    Raises:
+        ValueError: see `quantization.check_quantizable`, `resolve_quantize`.
+        RuntimeError: see `resolve_quantize`.
+    """
+    check_quantizable(q, k, v)
+    if resolve_quantize(backend, q.device, q.dtype) == "cuda":
+        return quantize_kernels.quantize_qkv(q, k, v, recipe)
+    return quantize_qkv(q, k, v, recipe)
+
+
 def run_quantized(
     qkv: QuantizedQKV,
     softmax_scale: float | None,
@@ -198,6 +240,37 @@ def resolve_fp8(backend: str | None, device: torch.device) -> str:
             f'emulation of one with backend="emulator" or {ENVIRONMENT_VARIABLE}=emulator.'
         )
     return name
+
+
+def resolve_quantize(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """What quantises tensors of `device`: "cuda", the kernels, or "emulator", torch operations.
+
+    The backend "reference" quantises as the emulator does. If none is asked for, CUDA devices have the
+    kernels, and all others torch operations, the only ones there.
+
+    Raises:
+        ValueError: unknown backend, or a dtype that the kernels do not take.
+        RuntimeError: `device` is not a Hopper GPU, or this build holds no quantisation kernels for the dtype.
+    """
+    name = _asked_for(backend)
+    if name == "emulator" or name == "reference" or (name == "auto" and device.type != "cuda"):
+        return "emulator"
+    resolve(name, device)
+    if dtype not in kernels.DTYPE_NAMES:
+        raise ValueError(
+            f"q, k, v are {dtype} on {device}; the quantisation kernels take torch.bfloat16 and "
+            "torch.float16; convert them with .to(torch.bfloat16), or ask for the slow torch operations with "
+            f'backend="emulator" or {ENVIRONMENT_VARIABLE}=emulator.'
+        )
+    if kernels.DTYPE_NAMES[dtype] not in quantize_kernels.DTYPES:
+        held = [str(t) for t, name in kernels.DTYPE_NAMES.items() if name in quantize_kernels.DTYPES]
+        remedy = f"convert them with .to({held[0]})" if held else "rebuild it"
+        raise RuntimeError(
+            f"q, k, v are {dtype}; this build of hopper_fa holds quantisation kernels for "
+            f"{' and '.join(held) or 'no dtype'} (HOPPER_FA_DTYPES); {remedy}, or ask for the slow torch "
+            f'operations with backend="emulator" or {ENVIRONMENT_VARIABLE}=emulator.'
+        )
+    return "cuda"
 
 
 def resolve(backend: str | None, device: torch.device) -> str:

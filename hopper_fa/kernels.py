@@ -19,6 +19,7 @@ except ImportError as error:
         "and start Python from another folder, where the bare sources do not hide the installed package"
     ) from error
 
+from hopper_fa.constants import constant, lasting
 from hopper_fa.recipe import Fp8Recipe
 
 if TYPE_CHECKING:
@@ -126,9 +127,8 @@ class _Workspaces:
 
     def __init__(self, device: int) -> None:
         self._device = device
-        # NOTE: a copy from pageable memory ends before it returns: every stream finds the zeros.
         zeros = torch.zeros(self._SLOTS, self._SLOT_INTS, dtype=torch.int32, device="cpu")
-        self._slots = zeros.to(f"cuda:{device}")
+        self._slots = lasting(lambda: zeros.to(f"cuda:{device}"))
         self._used = itertools.count()
         self._of_stream: dict[int, torch.Tensor] = {}
 
@@ -411,7 +411,7 @@ def forward_fp8(
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return forward_fp8(qkv, out, lse, softmax_scale, causal, variant)
-    v_mean = torch.zeros_like(qkv.v_scale) if qkv.v_mean is None else qkv.v_mean
+    v_mean = constant(0.0, qkv.v_scale.numel(), qkv.v_scale.device) if qkv.v_mean is None else qkv.v_mean
     q_batch, q_row, q_head, _ = qkv.q.stride()
     k_batch, k_row, k_head, _ = qkv.k.stride()
     v_batch, v_head, v_row, _ = qkv.v.stride()

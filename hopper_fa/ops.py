@@ -16,8 +16,8 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from hopper_fa import flops
-from hopper_fa.backend import run_backward, run_forward, run_quantized, run_recipe, unpack
-from hopper_fa.quantization import QuantizedQKV, from_fp8
+from hopper_fa.backend import run_backward, run_e4m3, run_forward, run_quantized, run_recipe, unpack
+from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.transforms import (
     VMAP,
@@ -439,7 +439,7 @@ def _e4m3_op(
 ) -> tuple[Tensor, Tensor]:
     refuse_tangents((*qkv, q_descale, k_descale, v_descale))
     parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
-    return _run_e4m3(qkv, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, parsed)
+    return run_e4m3(qkv, (q_descale, k_descale, v_descale), softmax_scale, causal, backend, parsed)
 
 
 @_e4m3_op.register_fake
@@ -555,21 +555,9 @@ def forward_e4m3(
     if transformed or (around and _wants_gradient(inputs)):
         return _TransformedE4m3.apply(softmax_scale, causal, backend, recipe, *descales, *tensors)
     if around:
-        return _run_e4m3(tensors, descales, softmax_scale, causal, backend, recipe)
+        return run_e4m3(tensors, descales, softmax_scale, causal, backend, recipe)
     text = None if recipe is None else recipe.to_text()
     return torch.ops.hopper_fa.forward_e4m3(tensors, *descales, softmax_scale, causal, backend, text)
-
-
-def _run_e4m3(
-    tensors: Sequence[Tensor],
-    descales: Sequence[Tensor | None],
-    softmax_scale: float | None,
-    causal: bool,
-    backend: str | None,
-    recipe: Fp8Recipe | None,
-) -> tuple[Tensor, Tensor]:
-    qkv = from_fp8(*unpack(tensors), *descales, recipe)
-    return run_quantized(qkv, softmax_scale, causal, torch.bfloat16, backend)
 
 
 @torch.library.custom_op(

@@ -7,11 +7,13 @@ asks for is in hopper_fa/recipe.py.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
+from hopper_fa.constants import constant
 from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
 from hopper_fa.token_stats import mean_error, sampled_tokens, token_mean, tree_sum
 from hopper_fa.transforms import refuse_transforms
@@ -27,25 +29,33 @@ _SMALLEST_AMAX = 2.0**-100
 _HEADROOM = 32
 _SATURATES = 432.0  # from here on all is rounded to 448
 _E4M3_ONE = 0x38  # the code of 1
+_FA3 = Fp8Recipe.fa3()
+# Its fields that a recipe for tensors that are e4m3 already must have.
+_FIXED_OF_E4M3 = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
+_FIXED_OF_E4M3 += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "sample_stats")
 
 
 @dataclass(frozen=True)
 class QuantizedQKV:
     """8-bit Q, K and V with all that attention over them needs. Made by `quantize_qkv` or `from_fp8`.
 
-    pitch is head_dim rounded up to 16; tile_d the smallest of 64, 128, 256 that holds head_dim; keys_pitch is
-    seqlen_k rounded up to 16. Everything is contiguous and on one device.
+    tile_d is the smallest of 64, 128, 256 that holds head_dim; keys_pitch is seqlen_k rounded up to 16. All
+    tensors are on one device. `quantize_qkv` makes them contiguous, and fills the rows of q and k up with
+    zeros to a multiple of 16 bytes. From `from_fp8`, q and k may be views of the caller's tensors, and
+    q_scale and k_scale may have any strides, also 0.
 
     Attributes:
-        q: (batch, seqlen_q, heads_q, pitch), float8_e4m3fn or int8; 0 from head_dim on.
-        k: (batch, seqlen_k, heads_kv, pitch), as q.
+        q: (batch, seqlen_q, heads_q, head_dim or more), float8_e4m3fn or int8. Nothing reads what lies past
+            head_dim. The last dimension is contiguous, the other strides are multiples of 16 bytes, and the
+            data starts at one.
+        k: (batch, seqlen_k, heads_kv, head_dim or more), as q.
         v: (batch, heads_kv, tile_d + 1, keys_pitch), float8_e4m3fn: V transposed. Row c < head_dim is channel
             c, row tile_d is 1 for every key (its product with P is the row sum), the other rows and the keys
             from seqlen_k on are 0. Among 16 keys, position 4 t + 2 h + i holds key 8 h + 2 t + i (t 0..3, h
             0..1, i 0..1): the order in which a warp's registers of Q K^T are its operand of P V.
         q_scale: (batch, heads_q, q_groups) float32; row r of Q is q * q_scale[..., r // q_group_rows].
         k_scale: (batch, heads_kv, k_groups) float32, the same for keys and k_group_rows.
-        v_scale: (batch, heads_kv, head_dim) float32, multiplies V and so the output.
+        v_scale: (batch, heads_kv, head_dim) float32, contiguous; multiplies V and so the output.
         v_mean: as v_scale, to be added to the output: what smooth_v took from V, or the mean of what rounding
             took from it (compensate_v), or their sum; None without both.
         lse_shift: (batch, heads_q, seqlen_q) float32, q . mean(k): what smooth_k took out of every score of
@@ -139,7 +149,9 @@ class QuantizedQKV:
 def quantize_qkv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
 ) -> QuantizedQKV:
-    """Q, K and V in 8 bits by `recipe`. On any device; the result does not depend on the device.
+    """Q, K and V in 8 bits by `recipe`, in torch operations; every device gives the same result.
+
+    This is what the kernels must reproduce. `hopper_fa.quantize_qkv` runs the kernels where they can run.
 
     NaN and infinity stay out of means and scales. In e4m3 they become NaN, and so do the elements that the
     rotation mixes them with, all of the same token. int8 has no NaN: the scale of their group becomes NaN.
@@ -156,13 +168,7 @@ def quantize_qkv(
     """
     refuse_transforms((q, k, v), "quantize_qkv")
     recipe = Fp8Recipe.default() if recipe is None else recipe
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; all must be torch.bfloat16, all "
-            "torch.float16 or all torch.float32; convert them with .to()."
-        )
-    check_sizes(q, k, v)
+    check_quantizable(q, k, v)
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     heads_kv, head_dim = k.shape[2:]
     group = q.shape[2] // heads_kv
@@ -212,6 +218,21 @@ def quantize_qkv(
     )
 
 
+def check_quantizable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """What `quantize_qkv` takes.
+
+    Raises:
+        ValueError: dtypes, devices or shapes that do not fit.
+    """
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; all must be torch.bfloat16, all "
+            "torch.float16 or all torch.float32; convert them with .to()."
+        )
+    check_sizes(q, k, v)
+
+
 @torch.no_grad()
 def from_fp8(
     q: torch.Tensor,
@@ -221,29 +242,31 @@ def from_fp8(
     k_descale: torch.Tensor | None = None,
     v_descale: torch.Tensor | None = None,
     recipe: Fp8Recipe | None = None,
+    *,
+    transpose_v: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> QuantizedQKV:
     """Tensors that are in e4m3 already, as FlashAttention-3 takes them; no value is rounded again.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim) float8_e4m3fn, standing for q * q_descale.
-        k, v: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn.
+        k, v: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn. Q and K are used as they are where the last
+            dimension is contiguous, the other strides are multiples of 16 and the data is 16-byte aligned;
+            otherwise they are copied. V is always rewritten.
         q_descale, k_descale, v_descale: (batch, heads_kv) float32, any strides, or None for 1. One element
             of q_descale is for all query heads that read the key/value head.
         recipe: of which only linear_exp2, p_offset, rescale_threshold, accumulation and row_sum are free;
             None means Fp8Recipe.fa3().
+        transpose_v: brings V into the layout of `QuantizedQKV.v`; None: torch operations do.
 
     Raises:
         ValueError: dtypes, devices or shapes that do not fit, or a recipe that would have to quantise.
     """
-    fa3 = Fp8Recipe.fa3()
-    recipe = fa3 if recipe is None else recipe
-    fixed = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
-    fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "sample_stats")
-    for name in fixed:
-        if getattr(recipe, name) != getattr(fa3, name):
+    recipe = _FA3 if recipe is None else recipe
+    for name in () if recipe is _FA3 else _FIXED_OF_E4M3:
+        if getattr(recipe, name) != getattr(_FA3, name):
             raise ValueError(
                 f"the recipe for tensors that are e4m3 already has {name} {getattr(recipe, name)!r}; it must "
-                f"be {getattr(fa3, name)!r}; change a copy of Fp8Recipe.fa3() with dataclasses.replace, or "
+                f"be {getattr(_FA3, name)!r}; change a copy of Fp8Recipe.fa3() with dataclasses.replace, or "
                 "pass unquantised tensors."
             )
     check_fp8_shapes(q, k, v)
@@ -253,18 +276,24 @@ def from_fp8(
     scales = []
     for name, descale in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
         if descale is None:
-            scales.append(torch.ones(batch, heads_kv, dtype=torch.float32, device=q.device))
+            scales.append(constant(1.0, 1, q.device)[:1].expand(batch, heads_kv))
         else:
             check_descale(name, descale, k)
-            scales.append(resolved(descale))
+            scales.append(_indexable(resolved(descale)))
     q_scale, k_scale, v_scale = (scale[..., None] for scale in scales)
+    if v_descale is None:
+        size = (batch, heads_kv, head_dim)
+        v_scale = constant(1.0, math.prod(size), q.device)[: math.prod(size)].view(size)
+    else:
+        v_scale = v_scale.expand(batch, heads_kv, head_dim).contiguous()
     return QuantizedQKV(
-        q=_pad_channels(q),
-        k=_pad_channels(k),
-        v=_transposed_v(v.permute(0, 2, 3, 1)),
-        q_scale=q_scale.repeat_interleave(heads_q // heads_kv, 1).contiguous(),
-        k_scale=k_scale.contiguous(),
-        v_scale=v_scale.repeat(1, 1, head_dim),
+        q=_loadable_rows(q),
+        k=_loadable_rows(k),
+        v=_transposed_v(v.permute(0, 2, 3, 1)) if transpose_v is None else transpose_v(v),
+        # A view if each key/value head has one query head, or all have one scale.
+        q_scale=q_scale.expand(batch, heads_kv, heads_q // heads_kv).reshape(batch, heads_q, 1),
+        k_scale=k_scale,
+        v_scale=v_scale,
         v_mean=None,
         lse_shift=None,
         key_bias=None,
@@ -447,10 +476,35 @@ def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def _pad_channels(codes: torch.Tensor) -> torch.Tensor:
-    """(batch, seqlen, heads, head_dim) 8-bit codes with head_dim filled up with zeros to the pitch."""
+    """(batch, seqlen, heads, head_dim) 8-bit codes, zeros after head_dim up to a multiple of PITCH."""
     padded = codes.new_zeros(*codes.shape[:3], -(-codes.shape[3] // PITCH) * PITCH, dtype=torch.uint8)
     padded[..., : codes.shape[3]] = codes.view(torch.uint8)
     return padded.view(codes.dtype)
+
+
+def _loadable_rows(codes: torch.Tensor) -> torch.Tensor:
+    """(batch, seqlen, heads, head_dim) 8-bit codes, or a copy of them if TMA cannot load them where they are.
+
+    The rows of a copy are a multiple of PITCH bytes apart, with anything between them: the kernel's tensor
+    maps end at head_dim, past which TMA fills in zeros.
+    """
+    batch, row, head, last = codes.stride()
+    aligned = last == 1 and codes.data_ptr() % PITCH == 0
+    if aligned and (batch | row | head) % PITCH == 0:
+        return codes
+    # The stride of a dimension of size 1 is never used, but the kernel refuses an odd one.
+    strides = [s if n > 1 else 0 for s, n in zip(codes.stride()[:3], codes.shape[:3], strict=True)]
+    if aligned and all(stride % PITCH == 0 for stride in strides):
+        return codes.as_strided(codes.shape, (*strides, 1))
+    head_dim = codes.shape[3]
+    rows = codes.new_empty(*codes.shape[:3], -(-head_dim // PITCH) * PITCH)[..., :head_dim]
+    return rows.copy_(codes)
+
+
+def _indexable(scale: torch.Tensor) -> torch.Tensor:
+    """scale, or a copy of it if its elements lie too far apart for the kernel's int32 offsets."""
+    span = sum(size * stride for size, stride in zip(scale.shape, scale.stride(), strict=True))
+    return scale if span < 2**31 else scale.clone(memory_format=torch.contiguous_format)
 
 
 def _transposed_v(codes: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,13 @@ from hopper_fa import (
     flash_attn_kvpacked_func,
     flash_attn_quantized_func,
     kernels,
+    quantization,
+    quantize_kernels,
     quantize_qkv,
 )
+from hopper_fa import backend as backends
 from hopper_fa.emulator_fp8 import attention_fp8_emulated
-from hopper_fa.quantization import from_fp8
+from hopper_fa.quantization import QuantizedQKV, from_fp8
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,6 +146,63 @@ def test_flash_attention_3s_call(causal: bool, seed: int) -> None:
     )
 
 
+def assert_same(a: QuantizedQKV, b: QuantizedQKV) -> None:
+    for name, t in vars(b).items():
+        same = torch.equal(getattr(a, name).float(), t.float()) if isinstance(t, torch.Tensor) else None
+        assert getattr(a, name) == t if same is None else same, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_cpu_quantises_by_torch(dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = CASE.qkv(dtype, seed)
+    recipe = Fp8Recipe.accurate()
+    expected = quantization.quantize_qkv(*qkv, recipe)
+    for name in (None, "auto", "emulator", "reference"):
+        assert_same(quantize_qkv(*qkv, recipe, backend=name), expected)
+    assert quantize_qkv(*qkv).recipe == Fp8Recipe.default()
+    with pytest.raises(RuntimeError, match=r'on cpu; the kernels run on Hopper.*backend="emulator"'):
+        quantize_qkv(*qkv, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'triton'"):
+        quantize_qkv(*qkv, backend="triton")
+    with pytest.raises(ValueError, match="all torch.float16 or all torch.float32"):
+        quantize_qkv(*(t.double() for t in qkv), backend="cuda")
+    monkeypatch.setenv("HOPPER_FA_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="on cpu; the kernels run on Hopper"):
+        quantize_qkv(*qkv)
+    assert_same(quantize_qkv(*qkv, recipe, backend="emulator"), expected)
+    monkeypatch.setenv("HOPPER_FA_BACKEND", "emulator")
+    assert_same(quantize_qkv(*qkv, recipe), expected)
+
+
+def test_a_hopper_quantises_by_the_kernels(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen for a device that this machine lacks."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "_is_hopper", lambda index: True)
+    monkeypatch.setattr(quantize_kernels, "DTYPES", ("bf16",))
+    for name in (None, "auto", "cuda"):
+        assert backends.resolve_quantize(name, device, torch.bfloat16) == "cuda"
+        with pytest.raises(ValueError, match=r'float32 on cuda.*\.to\(torch.bfloat16\).*backend="emulator"'):
+            backends.resolve_quantize(name, device, torch.float32)
+        missing = (
+            r'holds quantisation kernels for torch.bfloat16 .*\.to\(torch.bfloat16\).*backend="emulator"'
+        )
+        with pytest.raises(RuntimeError, match=missing):
+            backends.resolve_quantize(name, device, torch.float16)
+    for name in ("emulator", "reference"):
+        assert backends.resolve_quantize(name, device, torch.float32) == "emulator"
+    monkeypatch.setattr(quantize_kernels, "DTYPES", ())
+    with pytest.raises(RuntimeError, match='for no dtype .*; rebuild it, .*backend="emulator"'):
+        backends.resolve_quantize(None, device, torch.bfloat16)
+
+    monkeypatch.setattr(backends, "resolve_quantize", lambda name, device, dtype: "cuda")
+    monkeypatch.setattr(quantize_kernels, "quantize_qkv", lambda *arguments: arguments)
+    q, k, v = CASE.qkv(torch.bfloat16, seed)
+    recipe = Fp8Recipe.accurate()
+    assert all(a is b for a, b in zip(quantize_qkv(q, k, v, recipe), (q, k, v, recipe), strict=True))
+    with pytest.raises(ValueError, match="have shapes"):  # before a kernel runs
+        quantize_qkv(q, k, v[..., :8])
+
+
 @pytest.mark.skipif(kernels.HAS_FP8, reason="this build holds FP8 kernels")
 def test_no_fp8_kernel_is_built(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = CASE.qkv(torch.bfloat16, seed)
@@ -174,6 +234,8 @@ def test_what_is_refused(seed: int) -> None:
         flash_attn_func(q8, k8, v8, recipe=recipe, backend="emulator")
     with pytest.raises(ValueError, match="all must be"):
         flash_attn_func(q8, k, v, backend="emulator")
+    with pytest.raises(ValueError, match="have shapes"):  # rather than that a CPU has no kernels
+        flash_attn_func(q8, k8, v8[..., :8])
     with pytest.raises(ValueError, match="all must be torch.bfloat16 or all torch.float16"):
         flash_attn_func(q.float(), k.float(), v.float(), recipe=recipe, backend="emulator")
     with pytest.raises(ValueError, match="out_dtype is torch.float32"):

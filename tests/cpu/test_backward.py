@@ -16,10 +16,10 @@ from hopper_fa import (
     flash_attn_qkvpacked_func,
     kernels,
     ops,
-    quantize_qkv,
 )
 from hopper_fa.emulator_backward import gradients_emulated
 from hopper_fa.emulator_fp8 import attention_fp8_emulated
+from hopper_fa.quantization import quantize_qkv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

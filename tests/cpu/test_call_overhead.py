@@ -1,12 +1,22 @@
 """CPU time that an eager call adds to the launch; launch and CUDA queries are replaced by constants."""
 
+import functools
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hopper_fa import Fp8Recipe, backend, flash_attn_func, kernels, quantize_kernels
+from hopper_fa import (
+    Fp8Recipe,
+    backend,
+    constants,
+    flash_attn_func,
+    kernels,
+    quantization,
+    quantize_kernels,
+)
 
 # In units of torch.neg with its gradient, which takes 27 us where a call takes 11, one with its gradients 91,
 # and one in FP8, quantisation included, 60. Twice that is allowed: the ratio moves with what else the machine
@@ -109,6 +119,72 @@ def test_fp8_call(launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> Non
         ("quantize_v", beside), ("forward_fp8", 0),
     ]  # fmt: skip
     assert cost_of(lambda: flash_attn_func(q, k, v, recipe=recipe)) <= FP8_COST_ALLOWED
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that would launch something: not views, nor memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        views = any(r.alias_info is not None for r in function._schema.returns)
+        name = function.__name__.partition(".")[0]
+        if not views and "empty" not in name and name != "_unsafe_view":
+            self.names.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.skipif(
+    not (kernels.HAS_FP8 and "e4m3" in quantize_kernels.DTYPES), reason="this build holds no FP8 kernels"
+)
+@pytest.mark.parametrize("layout", ["contiguous", "heads first", "packed"])
+def test_e4m3_call(layout: str, launches: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches, and no operation on Q, K or V."""
+    made: list[tuple[str, tuple]] = []
+
+    def launch(name: str) -> Callable[..., int]:
+        return lambda *arguments: made.append((name, arguments)) or 0
+
+    monkeypatch.setattr(quantize_kernels._C, "quantize_v", launch("quantize_v"))
+    monkeypatch.setattr(kernels._C, "forward_fp8", launch("forward_fp8"))
+    constant = functools.cache(constants.constant)  # as on a GPU
+    monkeypatch.setattr(kernels, "constant", constant)
+    monkeypatch.setattr(quantization, "constant", constant)
+
+    def in_layout(heads: int) -> torch.Tensor:
+        t = torch.randn(2, 128, heads, 64).to(torch.float8_e4m3fn)
+        if layout == "packed":
+            return t[:, :, None].expand(-1, -1, 3, -1, -1).contiguous()[:, :, 1]
+        return t.transpose(1, 2).contiguous().transpose(1, 2) if layout == "heads first" else t
+
+    q, k, v = in_layout(4), in_layout(2), in_layout(2)
+    descales = tuple(torch.rand(2, 2) for _ in range(3))
+
+    def call(q: torch.Tensor, descales: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        return backend.run_e4m3((q, k, v), descales, None, True, None, None)
+
+    for queries, scales, expected in (
+        (q, (None, None, None), []),
+        (q, descales, ["clone", "clone"]),  # q_scale for 4 query heads, v_scale for all channels
+        (q[:, :, :2], descales, ["clone"]),
+        (q, tuple(t[:, :1].expand(2, 2) for t in descales), ["clone"]),
+    ):
+        call(queries, scales)  # makes the constants
+        made.clear()
+        with Operations() as operations:
+            out, lse = call(queries, scales)
+        assert sorted(operations.names) == expected
+        (transposition, of_v), (attention, arguments) = made
+        assert (transposition, attention) == ("quantize_v", "forward_fp8")
+        assert of_v[1:5] == (v.data_ptr(), *v.stride()[:3])
+        assert arguments[2:10] == (
+            queries.data_ptr(), *queries.stride()[:3], k.data_ptr(), *k.stride()[:3]
+        )  # fmt: skip
+        assert out.shape == queries.shape and lse.shape == (2, queries.shape[2], 128)
+    cost = cost_of(lambda: flash_attn_func(q, k, v, q_descale=descales[0], v_descale=descales[2]))
+    assert cost <= FP8_COST_ALLOWED
 
 
 @pytest.mark.skipif(

@@ -9,10 +9,10 @@ import pytest
 import torch
 from cases import FP8_PRESETS, Case
 
-from hopper_fa import Fp8Recipe, attention_reference, error_metrics, kernels, quantize_qkv
+from hopper_fa import Fp8Recipe, attention_reference, error_metrics, kernels
 from hopper_fa.accuracy import random_qkv
 from hopper_fa.emulator_fp8 import _e4m3_of_code, attention_dequantized, attention_fp8_emulated
-from hopper_fa.quantization import QuantizedQKV
+from hopper_fa.quantization import QuantizedQKV, quantize_qkv
 from hopper_fa.tensor_core import HOPPER, Accumulator
 
 pytestmark = pytest.mark.usefixtures("one_thread")

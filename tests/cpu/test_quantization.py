@@ -8,9 +8,15 @@ import pytest
 import torch
 from cases import FP8_PRESETS, Case
 
-from hopper_fa import Fp8Recipe, attention_reference, quantize_qkv
+from hopper_fa import Fp8Recipe, attention_reference
 from hopper_fa.emulator_fp8 import attention_dequantized
-from hopper_fa.quantization import QuantizedQKV, from_fp8, rotation_signs, smooth_and_rotate
+from hopper_fa.quantization import (
+    QuantizedQKV,
+    from_fp8,
+    quantize_qkv,
+    rotation_signs,
+    smooth_and_rotate,
+)
 from hopper_fa.recipe import K_BLOCK, Q_BLOCK
 from hopper_fa.token_stats import sampled_tokens
 
@@ -434,16 +440,87 @@ def fp8_inputs(case: Case, seed: int) -> list[torch.Tensor]:
 
 def test_from_fp8_keeps_every_code(seed: int) -> None:
     q, k, v, q_descale, k_descale, v_descale = fp8_inputs(GQA, seed)
-    x = from_fp8(q, k, v, q_descale, k_descale.T.contiguous().T, v_descale)
+    k_strided = k_descale.T.contiguous().T
+    x = from_fp8(q, k, v, q_descale, k_strided, v_descale)
     assert isinstance(x, QuantizedQKV) and x.recipe == Fp8Recipe.fa3()
     for codes, want in ((x.q[..., :72], q), (x.k[..., :72], k), (x.v_codes(), v)):
         assert torch.equal(codes.contiguous().view(torch.uint8), want.view(torch.uint8))
-    assert x.q_scale.is_contiguous() and x.k_scale.is_contiguous() and x.v_scale.is_contiguous()
+    assert x.k_scale.data_ptr() == k_strided.data_ptr() and x.v_scale.is_contiguous()
     assert torch.equal(x.q_scale, q_descale[:, [0, 0, 1, 1], None])
     assert torch.equal(x.k_scale, k_descale[..., None])
     assert torch.equal(x.v_scale, v_descale[..., None].expand(2, 2, 72))
     ones = from_fp8(q, k, v)
     assert (ones.q_scale == 1).all() and (ones.k_scale == 1).all() and (ones.v_scale == 1).all()
+    assert ones.q_scale.shape == (2, 4, 1) and ones.k_scale.shape == (2, 2, 1)
+    assert ones.v_scale.shape == (2, 2, 72) and ones.v_scale.is_contiguous()
+
+
+def codes_in(layout: str, seed: int) -> torch.Tensor:
+    """(2, 33, 3, 64 or 72) e4m3 codes, or a single batch entry and head of them, in a layout."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(E4M3)
+
+    return {
+        "contiguous": lambda: random(2, 33, 3, 64),
+        "heads first": lambda: random(2, 3, 33, 64).transpose(1, 2),
+        "packed": lambda: random(2, 33, 3, 3, 64)[:, :, 1],
+        "one batch entry for all": lambda: random(1, 33, 3, 64).expand(2, -1, -1, -1),
+        "rows of 72 in 80": lambda: random(2, 33, 3, 80)[..., :72],
+        "odd stride of a single": lambda: random(33 * 64).as_strided((1, 33, 1, 64), (5, 64, 7, 1)),
+        "rows of 72": lambda: random(2, 33, 3, 72),
+        "dimensions turned": lambda: random(2, 64, 3, 33).transpose(1, 3),
+        "odd strides": lambda: random(2, 33, 3, 72)[..., :64],
+        "odd start": lambda: random(1 + 2 * 33 * 3 * 64)[1:].view(2, 33, 3, 64),
+    }[layout]()
+
+
+@pytest.mark.parametrize(
+    ("layout", "is_view"),
+    [
+        ("contiguous", True),
+        ("heads first", True),
+        ("packed", True),
+        ("one batch entry for all", True),
+        ("rows of 72 in 80", True),
+        ("odd stride of a single", True),
+        ("rows of 72", False),
+        ("dimensions turned", False),
+        ("odd strides", False),
+        ("odd start", False),
+    ],
+)
+def test_from_fp8_copies_only_what_tma_cannot_load(layout: str, is_view: bool, seed: int) -> None:
+    codes = codes_in(layout, seed)
+    x = from_fp8(codes, codes, codes)
+    for t in (x.q, x.k):
+        assert (t.data_ptr() == codes.data_ptr()) == is_view
+        assert t.shape == codes.shape and t.stride(-1) == 1 and t.data_ptr() % 16 == 0
+        assert all(stride % 16 == 0 for stride in t.stride()[:3])
+        assert torch.equal(t.contiguous().view(torch.uint8), codes.contiguous().view(torch.uint8))
+
+
+def test_from_fp8_keeps_views_of_scales(seed: int) -> None:
+    """A scale that all heads share, or that each head has alone, is not copied."""
+    q, k, v, *_ = fp8_inputs(GQA, seed)
+    one = torch.rand(2, 1) + 0.5
+    shared = one.expand(2, 2)
+    x = from_fp8(q, k, v, shared, shared, shared)
+    assert x.q_scale.data_ptr() == x.k_scale.data_ptr() == one.data_ptr()
+    assert torch.equal(x.q_scale, one[..., None].expand(2, 4, 1))
+    assert torch.equal(x.v_scale, one[..., None].expand(2, 2, 72)) and x.v_scale.is_contiguous()
+    alone = from_fp8(q[:, :, :2], k, v, shared.T.contiguous().T)
+    assert alone.q_scale.shape == (2, 2, 1) and torch.equal(alone.q_scale[..., 0], shared)
+
+
+def test_from_fp8_brings_far_scales_together(seed: int) -> None:
+    """The kernel's offsets are int32; a stride that is never used counts as well."""
+    q, k, v, descale, _, _ = fp8_inputs(Case(heads_q=2, heads_kv=1, seqlen_q=20, seqlen_k=30), seed)
+    far = descale.as_strided((1, 1), (2**31, 2**31))
+    x = from_fp8(q, k, v, far, far)
+    for scale in (x.q_scale, x.k_scale):
+        assert all(stride < 2**31 for stride in scale.stride()) and (scale == descale[0, 0]).all()
 
 
 def test_from_fp8_checks_its_inputs(seed: int) -> None:

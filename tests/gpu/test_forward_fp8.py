@@ -16,11 +16,11 @@ from cases import (
     in_nan,
 )
 
-from hopper_fa import Fp8Recipe, kernels, quantize_qkv
+from hopper_fa import Fp8Recipe, kernels
 from hopper_fa.accuracy import DISTRIBUTIONS
 from hopper_fa.emulator_fp8 import attention_fp8_emulated
 from hopper_fa.metrics import error_metrics
-from hopper_fa.quantization import QuantizedQKV
+from hopper_fa.quantization import QuantizedQKV, quantize_qkv
 from hopper_fa.reference import attention_reference
 
 pytestmark = pytest.mark.skipif(
