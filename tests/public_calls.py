@@ -29,6 +29,9 @@ from hopper_fa.tensor_core import PROBE_INPUTS, probe_operands
 
 E4M3 = torch.float8_e4m3fn
 
+# Without a batch entry, a query, a key, and both.
+EMPTY_CASES = (Case(batch=0), Case(seqlen_q=0), Case(seqlen_k=0), Case(seqlen_q=0, seqlen_k=0))
+
 # What torch makes tensors of where a call does not say so, and where: a dtype, a device context, or a default
 # device.
 AMBIENTS: dict[str, torch.dtype | str] = {

@@ -12,6 +12,7 @@ import torch
 from cases import FP8_PRESETS, Case
 from public_calls import (
     AMBIENTS,
+    EMPTY_CASES,
     Inputs,
     ambient,
     assert_same_results,
@@ -118,6 +119,7 @@ def test_lazy_negations(instance: None, backward_instance: None, dtype: str, cas
     assert_same_results(results_of(kernel_calls(negated)), results_of(kernel_calls(inputs)))
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_parts_of_complex_tensors(seed: int) -> None:
     """The lazy bit as users meet it, in views of every other number; inputs and gradients."""
     parts = [t.half() for t in CASES[2].qkv(torch.float32, seed, "cuda")]
@@ -215,6 +217,20 @@ def test_deterministic_algorithms(
             assert torch.empty(3, dtype=torch.float32, device="cuda").isnan().all()
             got = results_of(calls)
         assert_same_results(got, want)
+
+
+@pytest.mark.parametrize("recipe", [None, *FP8_PRESETS.values()], ids=["exact", *FP8_PRESETS])
+def test_empty_tensors_under_deterministic_algorithms(recipe: Fp8Recipe | None, seed: int) -> None:
+    """Where nothing is computed no NaN of torch.empty is left."""
+    with deterministic_algorithms(warn_only=False):
+        for case in EMPTY_CASES:
+            leaves = [t.requires_grad_() for t in case.qkv(torch.bfloat16, seed, "cuda")]
+            out, lse = flash_attn_func(*leaves, recipe=recipe, return_lse=True)
+            assert (out == 0).all() and (lse == float("-inf")).all()
+            for gradient in torch.autograd.grad(
+                (out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse))
+            ):
+                assert (gradient == 0).all()
 
 
 # NOTE: torch wants this to be there before its first matrix product, or refuses all under deterministic mode.
