@@ -41,7 +41,8 @@ def fp8_peer(name: str, recipe: Fp8Recipe, variant: str | None = None, end_to_en
     def prepare(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
         beforehand = None if end_to_end else quantize_qkv(q, k, v, recipe)
         out = torch.empty_like(q)
-        lse = torch.empty((shape.batch, shape.heads, shape.seqlen), device=q.device)
+        size = (shape.batch, shape.heads, shape.seqlen)
+        lse = torch.empty(size, dtype=torch.float32, device=q.device)
 
         def call() -> torch.Tensor:
             qkv = quantize_qkv(q, k, v, recipe) if end_to_end else beforehand
@@ -60,7 +61,8 @@ def _fa3() -> Peer:
     def prepare(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
         (q, q_descale), (k, k_descale), (v, v_descale) = map(_quantize, (q, k, v))
         size = (shape.batch, shape.heads_kv)
-        scales = [torch.full(size, x, device=q.device) for x in (q_descale, k_descale, v_descale)]
+        descales = (q_descale, k_descale, v_descale)
+        scales = [torch.full(size, x, dtype=torch.float32, device=q.device) for x in descales]
         named = dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
         scale = shape.head_dim**-0.5
         return lambda: forward(q, k, v, softmax_scale=scale, is_causal=shape.causal, num_splits=1, **named)[0]
@@ -75,7 +77,8 @@ def _vllm() -> Peer:
     def prepare(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
         (q, q_descale), (k, k_descale), (v, v_descale) = map(_quantize, (q, k, v))
         size = (shape.batch, shape.heads_kv)
-        scales = tuple(torch.full(size, x, device=q.device) for x in (q_descale, k_descale, v_descale))
+        descales = (q_descale, k_descale, v_descale)
+        scales = tuple(torch.full(size, x, dtype=torch.float32, device=q.device) for x in descales)
         s = shape.seqlen
         bounds = torch.arange(0, (shape.batch + 1) * s, s, dtype=torch.int32, device=q.device)
         return lambda: forward(q, k, v, bounds, bounds, s, s, causal=shape.causal, descales=scales)[0]
@@ -125,7 +128,7 @@ class CudnnFp8Forward:
         batch, seqlen, heads, _ = q.shape
 
         def number(x: float, *shape: int) -> torch.Tensor:
-            return torch.full(shape or (1, 1, 1, 1), x, device=q.device)
+            return torch.full(shape or (1, 1, 1, 1), x, dtype=torch.float32, device=q.device)
 
         out = torch.empty_like(q)
         tensors = dict(zip(self.inputs, (q, k, v), strict=True))

@@ -145,7 +145,8 @@ def e9(sizes: Sizes) -> Iterator[Row]:
             v = -v.abs()
             problem = Problem(sizes, q, k, v, inputs="ties", seed=seed, ties=ties)
             generator = torch.Generator(sizes.device).manual_seed(seed)
-            d_out = torch.randn(q.shape, generator=generator, device=sizes.device).abs().double()
+            d_out = torch.randn(q.shape, generator=generator, dtype=torch.float32, device=sizes.device)
+            d_out = d_out.abs().double()
 
             def with_delta(row: Row, out: torch.Tensor, problem=problem, d_out=d_out) -> Row:
                 errors = error_metrics((d_out * out.double()).sum(-1), (d_out * problem.ref).sum(-1))

@@ -112,16 +112,18 @@ class Batches:
                 f"{len(tokens)} tokens hold {self.windows} windows of {context}, less than a batch "
                 f"of {batch}; pass a smaller batch or more text"
             )
-        self._epoch, self._order = -1, torch.empty(0)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, the tokens that follow), (batch, context) int64 each."""
         epoch, place = divmod(index, self.in_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._order = torch.randperm(self.windows, generator=generator).to(self.tokens.device)
+            generator = torch.Generator("cpu").manual_seed(self.seed + epoch)
+            order = torch.randperm(self.windows, generator=generator, dtype=torch.int64, device="cpu")
+            self._order = order.to(self.tokens.device)
             self._epoch = epoch
         chosen = self._order[place * self.batch : (place + 1) * self.batch]
-        places = chosen[:, None] * self.context + torch.arange(self.context + 1, device=self.tokens.device)
+        steps = torch.arange(self.context + 1, dtype=torch.int64, device=self.tokens.device)
+        places = chosen[:, None] * self.context + steps
         windows = self.tokens[places].long()
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -96,7 +96,7 @@ class Gpt(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * config.layers) ** 0.5 if ends else 0.02)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
+        places = torch.arange(tokens.shape[1], dtype=torch.int64, device=tokens.device)
         x = self.tokens(tokens) + self.positions(places)  # (B, S, width)
         for block in self.blocks:
             x = block(x)

@@ -25,14 +25,10 @@ ENVIRONMENT_VARIABLE = "HOPPER_FA_BACKEND"
 
 
 def unpack(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v, as views, of (q, k, v), of (q, kv) or of (qkv,); packed ones have them in dimension 2.
-
-    They are copies where the tensors' memory does not hold their values, see `validation.resolved`.
-    """
+    """q, k and v, as views, of (q, k, v), of (q, kv) or of (qkv,); packed ones have them in dimension 2."""
     if len(tensors) == 3:
-        q, k, v = tensors
-        return resolved(q), resolved(k), resolved(v)
-    *q, packed = map(resolved, tensors)
+        return tuple(tensors)
+    *q, packed = tensors
     return (*q, *packed.unbind(2))
 
 
@@ -54,7 +50,7 @@ def run_forward(
         TypeError, ValueError: see `validation.check_forward`; unknown backend.
         RuntimeError: the backend cannot run on the tensors' device, or has no kernel for them.
     """
-    q, k, v = unpack(tensors)
+    q, k, v = map(resolved, unpack(tensors))
     check_forward(q, k, v, softmax_scale, causal)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
@@ -98,13 +94,13 @@ def run_backward(
     Raises:
         as `run_forward`, but for layouts; ValueError: see `validation.check_backward`.
     """
-    q, k, v = unpack(tensors)
+    q, k, v = map(resolved, unpack(tensors))
     check_shapes(q, k, v)
     check_softmax(softmax_scale, causal)
     check_backward(dout, dlse, q, out, lse)
     dout, out, lse = resolved(dout), resolved(out), resolved(lse)
     dlse = None if dlse is None else resolved(dlse)
-    q, k, v = loadable(resolved(q)), loadable(resolved(k)), loadable(resolved(v))
+    q, k, v = loadable(q), loadable(k), loadable(v)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -139,7 +135,7 @@ def run_recipe(
         TypeError, ValueError: see `validation.check_forward`; unknown backend.
         RuntimeError: the backend has no kernel for it.
     """
-    q, k, v = unpack(tensors)
+    q, k, v = map(resolved, unpack(tensors))
     check_forward(q, k, v, softmax_scale, causal)
     name = resolve_fp8(backend, q.device)
     if name == "reference":

@@ -269,7 +269,7 @@ def _pointer(t: torch.Tensor | None) -> int:
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
-    """`t`, copied if the kernels could not read its rows 16 bytes at a time, or by `validation.resolved`."""
+    """`validation.resolved` t, copied if the kernels could not read its rows 16 bytes at a time."""
     t = resolved(t)
     *strides, last = t.stride()
     sound = last == 1 and t.data_ptr() % 16 == 0
