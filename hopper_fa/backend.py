@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hopper_fa import emulator, emulator_backward, emulator_fp8, kernels, quantize_kernels, reference
-from hopper_fa.quantization import QuantizedQKV, check_quantizable, from_fp8, quantize_qkv
+from hopper_fa.quantization import QuantizedQKV, check_quantizable, from_fp8, quantize_qkv, sign_bits
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.validation import (
     check_backward,
@@ -78,8 +78,12 @@ def run_backward(
     causal: bool,
     deterministic: bool,
     backend: str | None,
+    recipe: Fp8Recipe | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of what `run_forward` computed, or of the same attention in FP8.
+    """Gradients of what `run_forward` or, with a recipe, `run_recipe` computed.
+
+    A recipe's are those of attention over the dequantised tensors, straight through the rounding. The tensors
+    are quantised once more, to the same bits; `run_backward_quantized` does without that.
 
     Args:
         dout, dlse: gradients of out and lse; dlse None is zero.
@@ -98,6 +102,11 @@ def run_backward(
     check_shapes(q, k, v)
     check_softmax(softmax_scale, causal)
     check_backward(dout, dlse, q, out, lse)
+    if recipe is not None:
+        qkv = quantize_inputs(tensors, softmax_scale, causal, backend, recipe, any_layout=True)
+        if qkv is not None:
+            options = (softmax_scale, causal, deterministic, backend)
+            return run_backward_quantized(dout, dlse, qkv, len(tensors), out, lse, *options)
     dout, out, lse = resolved(dout), resolved(out), resolved(lse)
     dlse = None if dlse is None else resolved(dlse)
     q, k, v = loadable(q), loadable(k), loadable(v)
@@ -135,13 +144,107 @@ def run_recipe(
         TypeError, ValueError: see `validation.check_forward`; unknown backend.
         RuntimeError: the backend has no kernel for it.
     """
+    qkv = quantize_inputs(tensors, softmax_scale, causal, backend, recipe)
+    if qkv is None:
+        return run_forward(tensors, softmax_scale, causal, "reference")
+    return run_quantized(qkv, softmax_scale, causal, tensors[0].dtype, backend)
+
+
+def quantize_inputs(
+    tensors: Sequence[torch.Tensor],
+    softmax_scale: float | None,
+    causal: bool,
+    backend: str | None,
+    recipe: Fp8Recipe,
+    any_layout: bool = False,
+) -> QuantizedQKV | None:
+    """What `run_recipe` runs on; None for the backend "reference", which leaves the tensors as they are.
+
+    Args:
+        any_layout: strides and alignment may be what a call refuses; then they are copied.
+
+    Raises: as `run_recipe`.
+    """
     q, k, v = map(resolved, unpack(tensors))
-    check_forward(q, k, v, softmax_scale, causal)
+    if any_layout:
+        check_shapes(q, k, v)
+        check_softmax(softmax_scale, causal)
+    else:
+        check_forward(q, k, v, softmax_scale, causal)
     name = resolve_fp8(backend, q.device)
     if name == "reference":
-        return run_forward(tensors, softmax_scale, causal, "reference")
+        return None
     quantize = quantize_kernels.quantize_qkv if name == "cuda" else quantize_qkv
-    return run_quantized(quantize(q, k, v, recipe), softmax_scale, causal, q.dtype, name)
+    return quantize(q, k, v, recipe)
+
+
+def check_differentiable(recipe: Fp8Recipe, backend: str | None, device: torch.device) -> None:
+    """Raise NotImplementedError if the backend has no gradient for calls by the recipe."""
+    problem = kernels.quantized_backward_problem(recipe)
+    if problem is not None and _asked_for(backend) in ("auto", "cuda"):
+        raise NotImplementedError(
+            f"a gradient by the recipe {recipe} was asked for; the backward kernels take {problem}; change the "
+            f'recipe, call under torch.no_grad(), or ask for the slow emulation with backend="emulator" or '
+            f"{ENVIRONMENT_VARIABLE}=emulator."
+        )
+
+
+def gradient_shapes(qkv: QuantizedQKV, packing: int) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that qkv was made of, which were 3, 2 or 1: see `unpack`."""
+    batch, _, heads_q, _ = qkv.q.shape
+    heads_kv, d = qkv.k.shape[2], qkv.head_dim
+    q, k = (batch, qkv.seqlen_q, heads_q, d), (batch, qkv.seqlen_k, heads_kv, d)
+    if packing == 3:
+        return [q, k, k]
+    kv = (batch, qkv.seqlen_k, 2, heads_kv, d)
+    return [q, kv] if packing == 2 else [(batch, qkv.seqlen_q, 3, heads_q, d)]
+
+
+def run_backward_quantized(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    qkv: QuantizedQKV,
+    packing: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    deterministic: bool,
+    backend: str | None,
+) -> list[torch.Tensor]:
+    """`run_backward` of a call by a recipe, from the codes that its forward made.
+
+    Args:
+        qkv: what the forward ran on. packing: of how many tensors it was made, see `unpack`.
+
+    Raises:
+        ValueError, RuntimeError: as `run_backward`.
+        NotImplementedError: see `check_differentiable`.
+    """
+    check_backward(dout, dlse, out, out, lse)
+    check_differentiable(qkv.recipe, backend, out.device)
+    dout, out, lse = resolved(dout), resolved(out), resolved(lse)
+    dlse = None if dlse is None else resolved(dlse)
+    if softmax_scale is None:
+        softmax_scale = qkv.head_dim**-0.5
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    shapes = gradient_shapes(qkv, packing)
+    gradients = [torch.empty(shape, dtype=out.dtype, device=out.device) for shape in shapes]
+    results = unpack(gradients)
+    if resolve_fp8(backend, out.device) == "cuda":
+        qkv = qkv.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        signs = sign_bits(qkv.head_dim, qkv.recipe.rotation_seed)
+        inputs = (loadable(dout), qkv, loadable(out), lse.contiguous(), dlse)
+        kernels.backward_quantized(*inputs, *results, softmax_scale, causal, deterministic, signs)
+        return gradients
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        computed = emulator_backward.gradients_quantized_emulated(
+            dout, dlse, qkv, out, lse, softmax_scale, causal
+        )
+        for result, gradient in zip(results, computed, strict=True):
+            result.copy_(gradient)
+    return gradients
 
 
 def run_e4m3(

@@ -71,6 +71,14 @@ def _register(counter: ModuleType) -> None:
         q, k, v = _heads_first(qkv)
         return counter.sdpa_backward_flop_count(q, q, k, v)
 
+    @counter.register_flop_formula(ops.backward_quantized)
+    def backward_quantized_flop(dout: Sequence[int], *others: Any, out_shape: Any = None, **__: Any) -> int:
+        batch, seqlen_q, heads_q, head_dim = dout
+        seqlen_k = others[4][2]
+        shapes = [(batch, seqlen, heads_q, head_dim) for seqlen in (seqlen_q, seqlen_k, seqlen_k)]
+        q, k, v = _heads_first(shapes)
+        return counter.sdpa_backward_flop_count(q, q, k, v)
+
 
 def _heads_first(shapes: list[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     """(batch, heads_q, seqlen, head_dim) of q, k and v, packed or not; every query head counts with keys."""

@@ -16,7 +16,18 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from hopper_fa import flops
-from hopper_fa.backend import run_backward, run_e4m3, run_forward, run_quantized, run_recipe, unpack
+from hopper_fa.backend import (
+    check_differentiable,
+    gradient_shapes,
+    quantize_inputs,
+    run_backward,
+    run_backward_quantized,
+    run_e4m3,
+    run_forward,
+    run_quantized,
+    run_recipe,
+    unpack,
+)
 from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.transforms import (
@@ -61,6 +72,8 @@ def forward(
     """
     if isinstance(softmax_scale, Tensor):
         refuse_learned_scale(softmax_scale)
+    if recipe is not None and _wants_gradient(tensors):
+        check_differentiable(recipe, backend, tensors[0].device)
     if not _goes_around(tensors):
         if _has_dtensor(tensors):
             from hopper_fa.sharding import over_shards
@@ -155,13 +168,22 @@ class _Attention(torch.autograd.Function):
         recipe: Fp8Recipe | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        output = _run(tensors, softmax_scale, causal, backend, recipe)
-        _save(ctx, (tensors, softmax_scale, causal, deterministic, backend), output)
+        qkv = None if recipe is None else quantize_inputs(tensors, softmax_scale, causal, backend, recipe)
+        if qkv is None:
+            output = _run(tensors, softmax_scale, causal, backend, recipe)
+            text = None if recipe is None else recipe.to_text()
+            _save(ctx, (tensors, softmax_scale, causal, deterministic, backend, text), output)
+        else:
+            output = run_quantized(qkv, softmax_scale, causal, tensors[0].dtype, backend)
+            codes, form = qkv.to_tensors()
+            _save(ctx, (codes, softmax_scale, causal, deterministic, backend), output)
+            ctx.form = (form, recipe.to_text(), len(tensors))
         return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, None, None, None, *_gradients(ctx, dout, dlse))
+        gradients = _gradients if ctx.form is None else _gradients_of_codes
+        return (None, None, None, None, None, *gradients(ctx, dout, dlse))
 
 
 class _Transformed(torch.autograd.Function):
@@ -184,7 +206,9 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _save(ctx, (inputs[5:], *inputs[:4]), output)
+        recipe = inputs[4]
+        text = None if recipe is None else recipe.to_text()
+        _save(ctx, (inputs[5:], *inputs[:4], text), output)
 
     jvp = staticmethod(refuse_jvp)
 
@@ -215,6 +239,7 @@ class _Transformed(torch.autograd.Function):
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     tensors, *ctx.options = inputs
+    ctx.form = None
     ctx.save_for_backward(*tensors, *output)
     ctx.saved = None
     if _saved_tensors_hooks(False) is not None:
@@ -244,6 +269,31 @@ def _gradients(
     return _run_gradients(dout, dlse, tensors, out, lse, *ctx.options)
 
 
+def _gradients_of_codes(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
+    """`_gradients` where the forward has saved what it quantised, so that nothing is quantised again."""
+    form, recipe, count = ctx.form
+    saved = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return [None] * count
+    if ctx.saved is not None:
+        _check_saved(saved, ctx.saved)
+    *codes, out, lse = saved
+    if dout is None:
+        dout = out.new_zeros(out.shape[-1]).expand_as(out)
+    refuse_tangents((dout, dlse))
+
+    def run(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *codes: Tensor) -> Sequence[Tensor]:
+        arguments = (dout, dlse, out, lse, codes, form, recipe, count, *ctx.options)
+        if torch.is_grad_enabled() or not _goes_around((dout, *codes)):
+            return torch.ops.hopper_fa.backward_quantized(*arguments)
+        return _run_backward_quantized(*arguments)
+
+    inputs = (dout, dlse, out, lse, *codes)
+    if level := batched_level():
+        return over_batched(run, inputs, level)
+    return run(*inputs)
+
+
 def _check_saved(saved: Sequence[Tensor], before: list[tuple[Any, ...]]) -> None:
     """Raise ValueError if a tensor that came back from a hook on saved tensors is not what was saved."""
     for t, (shape, dtype, device) in zip(saved, before, strict=True):
@@ -262,7 +312,7 @@ def _run_gradients(
     # Graphs of graphs (create_graph=True) meet the operator, which says that there is no second derivative.
     if torch.is_grad_enabled() or not _goes_around((dout, *tensors)):
         return torch.ops.hopper_fa.backward(*arguments)
-    return run_backward(*arguments)
+    return _run_backward(*arguments)
 
 
 class _TransformedGradients(torch.autograd.Function):
@@ -274,13 +324,14 @@ class _TransformedGradients(torch.autograd.Function):
         causal: bool,
         deterministic: bool,
         backend: str | None,
+        recipe: str | None,
         dout: Tensor,
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        options = (softmax_scale, causal, deterministic, backend)
+        options = (softmax_scale, causal, deterministic, backend, recipe)
         return tuple(_run_gradients(dout, dlse, tensors, out, lse, *options))
 
     @staticmethod
@@ -301,8 +352,8 @@ class _TransformedGradients(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], *inputs: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         size = info.batch_size
-        options = inputs[:4]
-        folded = (fold(t, dim, size) for t, dim in zip(inputs[4:], in_dims[4:], strict=True))
+        options = inputs[:5]
+        folded = (fold(t, dim, size) for t, dim in zip(inputs[5:], in_dims[5:], strict=True))
         gradients = _TransformedGradients.apply(*options, *folded)
         return tuple(unfold(t, size) for t in gradients), (0,) * len(gradients)
 
@@ -339,7 +390,7 @@ def _forward_gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tup
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs[:5], output)
+    _save(ctx, inputs, output)
 
 
 _forward_op.register_autograd(_forward_gradient, setup_context=_setup_context)
@@ -363,7 +414,7 @@ def _forward_vmap(
     "hopper_fa::backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor? dlse, Tensor[] qkv, Tensor out, Tensor lse, float? softmax_scale, "
-    "bool causal, bool deterministic, str? backend) -> Tensor[]",
+    "bool causal, bool deterministic, str? backend, str? recipe) -> Tensor[]",
 )
 def _backward_op(
     dout: Tensor,
@@ -375,8 +426,17 @@ def _backward_op(
     causal: bool,
     deterministic: bool,
     backend: str | None,
+    recipe: str | None,
 ) -> list[Tensor]:
-    return run_backward(dout, dlse, qkv, out, lse, softmax_scale, causal, deterministic, backend)
+    return _run_backward(dout, dlse, qkv, out, lse, softmax_scale, causal, deterministic, backend, recipe)
+
+
+def _run_backward(
+    dout: Tensor, dlse: Tensor | None, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, *options: Any
+) -> list[Tensor]:
+    *others, recipe = options
+    parsed = None if recipe is None else Fp8Recipe.from_text(recipe)
+    return run_backward(dout, dlse, qkv, out, lse, *others, parsed)
 
 
 @_backward_op.register_fake
@@ -395,7 +455,7 @@ def _refuse_second_derivative(grads: Sequence[Tensor | None]) -> None:
 
 def _backward_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     _refuse_second_derivative(grads)
-    return None, None, [None] * ctx.tensors, *(None,) * 6
+    return None, None, [None] * ctx.tensors, *(None,) * 7
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -418,6 +478,77 @@ def _backward_vmap(
     )
     qkv = [fold(t, dim, size) for t, dim in zip(qkv, in_dims[2], strict=True)]
     gradients = torch.ops.hopper_fa.backward(dout, dlse, qkv, out, lse, *others[2:])
+    return [unfold(t, size) for t in gradients], [0] * len(gradients)
+
+
+@torch.library.custom_op(
+    "hopper_fa::backward_quantized",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor[] codes, SymInt[] form, str recipe, "
+    "int packing, float? softmax_scale, bool causal, bool deterministic, str? backend) -> Tensor[]",
+)
+def _backward_quantized_op(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, codes: list[Tensor], *others: Any
+) -> list[Tensor]:
+    return _run_backward_quantized(dout, dlse, out, lse, codes, *others)
+
+
+def _run_backward_quantized(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    codes: Sequence[Tensor],
+    form: Sequence[int],
+    recipe: str,
+    packing: int,
+    *options: Any,
+) -> list[Tensor]:
+    """`run_backward_quantized`; packing: of how many tensors there are gradients, see `unpack`."""
+    qkv = QuantizedQKV.from_tensors(codes, form, Fp8Recipe.from_text(recipe))
+    return run_backward_quantized(dout, dlse, qkv, packing, out, lse, *options)
+
+
+@_backward_quantized_op.register_fake
+def _backward_quantized_fake(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    codes: list[Tensor],
+    form: Sequence[int],
+    recipe: str,
+    packing: int,
+    *_: Any,
+) -> list[Tensor]:
+    qkv = QuantizedQKV.from_tensors(codes, form, Fp8Recipe.from_text(recipe))
+    return [dout.new_empty(shape) for shape in gradient_shapes(qkv, packing)]
+
+
+def _backward_quantized_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    _refuse_second_derivative(grads)
+    return None, None, None, None, [None] * ctx.codes, *(None,) * 7
+
+
+def _setup_backward_quantized(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.codes = len(inputs[4])
+    ctx.set_materialize_grads(False)
+
+
+_backward_quantized_op.register_autograd(
+    _backward_quantized_gradient, setup_context=_setup_backward_quantized
+)
+
+
+@_backward_quantized_op.register_vmap
+@_disable_dynamo
+def _backward_quantized_vmap(
+    info: Any, in_dims: tuple[Any, ...], *inputs: Any
+) -> tuple[list[Tensor], list[int]]:
+    size = info.batch_size
+    rows = (fold(t, dim, size) for t, dim in zip(inputs[:4], in_dims[:4], strict=True))
+    codes = [fold(t, dim, size) for t, dim in zip(inputs[4], in_dims[4], strict=True)]
+    gradients = torch.ops.hopper_fa.backward_quantized(*rows, codes, *inputs[5:])
     return [unfold(t, size) for t in gradients], [0] * len(gradients)
 
 

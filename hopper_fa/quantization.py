@@ -8,7 +8,7 @@ asks for is in hopper_fa/recipe.py.
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -128,6 +128,39 @@ class QuantizedQKV:
         tensors = {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
         return replace(self, **{name: resolved(t) for name, t in tensors.items()})
 
+    def contiguous(self) -> "QuantizedQKV":
+        """This, or a copy of it whose tensors are contiguous, resolved and start at multiples of 16 bytes."""
+
+        def sound(t: torch.Tensor) -> bool:
+            return t.is_contiguous() and t.data_ptr() % 16 == 0
+
+        ours = self.resolved()
+        tensors = {name: getattr(ours, name) for name in _TENSORS}
+        copies = {
+            name: t.clone(memory_format=torch.contiguous_format)
+            for name, t in tensors.items()
+            if t is not None and not sound(t)
+        }
+        return replace(ours, **copies) if copies else ours
+
+    def to_tensors(self) -> tuple[list[torch.Tensor], tuple[int, int, int, int]]:
+        """The tensors that there are, and (head_dim, seqlen_q, seqlen_k, bits that say which there are)."""
+        tensors = [getattr(self, name) for name in _TENSORS]
+        present = sum(1 << i for i, t in enumerate(tensors) if t is not None)
+        form = (self.head_dim, self.seqlen_q, self.seqlen_k, present)
+        return [t for t in tensors if t is not None], form
+
+    @staticmethod
+    def from_tensors(
+        tensors: Sequence[torch.Tensor], form: Sequence[int], recipe: Fp8Recipe
+    ) -> "QuantizedQKV":
+        """What `to_tensors` was called on."""
+        *sizes, present = form
+        left = iter(tensors)
+        named = {name: next(left) if present >> i & 1 else None for i, name in enumerate(_TENSORS)}
+        head_dim, seqlen_q, seqlen_k = sizes
+        return QuantizedQKV(**named, recipe=recipe, head_dim=head_dim, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+
     def v_codes(self) -> torch.Tensor:
         """V as it was rounded, unscaled: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn."""
         v = _unpermute_keys(self.v.view(torch.uint8)[:, :, : self.head_dim])[..., : self.seqlen_k]
@@ -143,6 +176,9 @@ class QuantizedQKV:
         k = self.k[..., : self.head_dim].float() * self.k_scale_of_keys().transpose(1, 2)[..., None]
         v = self.v_codes().float() * self.v_scale[:, None]
         return q, k, v if self.v_mean is None else v + self.v_mean[:, None]
+
+
+_TENSORS = tuple(field.name for field in fields(QuantizedQKV) if "Tensor" in str(field.type))
 
 
 @torch.no_grad()
@@ -341,7 +377,7 @@ def smooth_and_rotate(
 
 
 def rotate_back(x: torch.Tensor, signs: torch.Tensor | None) -> torch.Tensor:
-    """Rows x (..., head_dim) from the basis of `smooth_and_rotate` to the tensor's own; signs None: as they are.
+    """Rows x (..., head_dim) from the basis of `smooth_and_rotate` to the tensor's own; signs None: x.
 
     The rotation is orthogonal, so this is its transpose too: gradients go back the same way.
     """
