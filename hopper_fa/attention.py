@@ -63,11 +63,11 @@ def flash_attn_func(
     Differentiable once, through out and lse, with respect to q, k and v. Under autocast the inputs become the
     autocast dtype.
 
-    Under torch's machinery: vmap folds its dimension into the batch (what is not mapped is repeated, where the
-    batch is more than 1), torch.func.grad, vjp and jacrev work, forward mode is refused. DTensors may be
-    replicated, or all sharded by batch or all by heads, and results and gradients are then too. Meta tensors
-    give meta tensors. FlopCounterMode counts what it counts for torch's own attention. torch.export takes
-    open batches and lengths.
+    Under torch's machinery: vmap folds its dimension into the batch (what is not mapped is repeated, where
+    the batch is more than 1). torch.func.grad, vjp and jacrev work; forward mode is refused. DTensors may be
+    replicated, or all sharded by batch, or all by heads; results and gradients are placed likewise. Meta
+    tensors give meta tensors. FlopCounterMode counts what it counts for torch's own attention. torch.export
+    takes open batches and lengths.
 
     In FP8, which is not exact: with a recipe, bfloat16 and float16 tensors are quantised by it inside the
     call; tensors that are float8_e4m3fn already are used as they are, times their descales. The gradient of a
@@ -199,7 +199,7 @@ def flash_attn_quantized_func(
     """Attention over tensors that `quantize_qkv` made, by the recipe they carry. Not differentiable.
 
     It does not matter which backend quantised them, so long as they are on the device that runs this.
-    Transforms of torch.func, vmap, tangents and DTensors are refused: `flash_attn_func` with a recipe has them.
+    Transforms of torch.func, vmap, tangents and DTensors are refused; use `flash_attn_func` with a recipe.
 
     Args:
         softmax_scale, causal, return_lse: as in `flash_attn_func`.

@@ -183,8 +183,8 @@ def check_differentiable(recipe: Fp8Recipe, backend: str | None, device: torch.d
     problem = kernels.quantized_backward_problem(recipe)
     if problem is not None and _asked_for(backend) in ("auto", "cuda"):
         raise NotImplementedError(
-            f"a gradient by the recipe {recipe} was asked for; the backward kernels take {problem}; change the "
-            f'recipe, call under torch.no_grad(), or ask for the slow emulation with backend="emulator" or '
+            f"a gradient by the recipe {recipe} was asked for; the backward kernels take {problem}; change "
+            f'it, call under torch.no_grad(), or ask for the slow emulation with backend="emulator" or '
             f"{ENVIRONMENT_VARIABLE}=emulator."
         )
 

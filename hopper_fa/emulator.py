@@ -39,7 +39,7 @@ def attention_emulated(
         softmax_scale: factor on the scores; None means 1 / sqrt(head_dim).
         causal: bottom-right aligned causal mask.
         variant: of the tile table, which gives block_n, rescale_threshold, peak_bits and fma_exp2_octets.
-        fma_exp2_octets, rescale_threshold, peak_bits: in place of the tile table's, to study what they change.
+        fma_exp2_octets, rescale_threshold, peak_bits: in place of the tile table's, to study them.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim) in q's dtype and lse (batch, heads_q, seqlen_q) float32; 0

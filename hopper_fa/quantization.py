@@ -7,7 +7,7 @@ asks for is in hopper_fa/recipe.py.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
