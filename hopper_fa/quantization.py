@@ -8,12 +8,15 @@ asks for is in hopper_fa/recipe.py.
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from hopper_fa.arguments import as_sizes, check_instance, check_tensor, check_tensors
+from hopper_fa.kernels import MAX_HEAD_DIM
 from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
 from hopper_fa.token_stats import mean_error, sampled_tokens, token_mean, tree_sum
-from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes
+from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes, nan_if_negative
 
 PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
 _SIXTEEN = 16  # columns that the rotation's first step mixes
@@ -24,6 +27,8 @@ _SMALLEST_AMAX = 2.0**-100
 # so much larger. Codes are denormal below 1/896 of the sample's maximum, and the largest is not 448 exactly.
 _HEADROOM = 32
 _SATURATES = 432.0  # from here on all is rounded to 448
+_FA3 = Fp8Recipe.fa3()
+_SIZES = ("head_dim", "seqlen_q", "seqlen_k")  # of QuantizedQKV
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,15 @@ class QuantizedQKV:
             a row, before softmax_scale; None without smooth_k.
         key_bias: (batch, heads_q, seqlen_k) float32, mean(q) . (k - mean(k)): what smooth_q took out of the
             scores of a key, before softmax_scale; None without smooth_q.
+
+    q_scale and k_scale must not be negative, because a row's maximum is looked for before it is scaled. On a
+    GPU, whose values are not waited for, a negative one becomes NaN, and so does what is computed with it.
+    v_scale has any sign.
+
+    Raises:
+        TypeError: a field is of another type.
+        ValueError: dtypes, devices, shapes or strides that do not fit, or on a CPU a negative q_scale or
+            k_scale.
     """
 
     q: torch.Tensor
@@ -64,6 +78,17 @@ class QuantizedQKV:
     head_dim: int
     seqlen_q: int
     seqlen_k: int
+
+    def __post_init__(self) -> None:
+        for name, value in _checked_fields(self).items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def trusted(cls, **fields: Any) -> "QuantizedQKV":
+        """One of all fields, which are right by construction and not checked, for that takes a while."""
+        qkv = object.__new__(cls)
+        qkv.__dict__.update(fields)
+        return qkv
 
     @property
     def q_group_rows(self) -> int:
@@ -116,6 +141,63 @@ class QuantizedQKV:
         return q, k, v if self.v_mean is None else v + self.v_mean[:, None]
 
 
+def _checked_fields(qkv: QuantizedQKV) -> dict[str, Any]:
+    """The sizes as Python's integers, and the scales that must not be negative by `nan_if_negative`.
+
+    Raises:
+        TypeError, ValueError: see QuantizedQKV.
+    """
+    for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale"):
+        check_tensor(name, getattr(qkv, name))
+    for name in ("v_mean", "lse_shift", "key_bias"):
+        if getattr(qkv, name) is not None:
+            check_tensor(name, getattr(qkv, name))
+    recipe = qkv.recipe
+    check_instance("recipe", recipe, Fp8Recipe, "pass the one that the tensors were made by")
+    head_dim, seqlen_q, seqlen_k = sizes = as_sizes(**{name: getattr(qkv, name) for name in _SIZES})
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim is {head_dim}; it must be a multiple of 8 from 8 to {MAX_HEAD_DIM}; quantise "
+            "tensors of such a head dim."
+        )
+    for name in ("q", "k"):
+        if getattr(qkv, name).ndim != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(getattr(qkv, name).shape)}; it must be (batch, seqlen, heads, "
+                "pitch); use quantize_qkv or from_fp8."
+            )
+    (batch, _, heads_q, _), heads_kv, pitch = qkv.q.shape, qkv.k.shape[2], _padded(head_dim)
+    if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
+        raise ValueError(
+            f"q has {heads_q} heads and k {heads_kv}; the heads of q must be a positive multiple of those of "
+            "k; repeat or drop heads."
+        )
+    codes = torch.int8 if recipe.qk_dtype == "int8" else torch.float8_e4m3fn
+    q_groups = {"token": seqlen_q, "block": -(-seqlen_q // Q_BLOCK)}.get(recipe.q_granularity, 1)
+    k_groups = {"token": seqlen_k, "block": -(-seqlen_k // K_BLOCK)}.get(recipe.k_granularity, 1)
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "q": (codes, (batch, seqlen_q, heads_q, pitch)),
+        "k": (codes, (batch, seqlen_k, heads_kv, pitch)),
+        "v": (torch.float8_e4m3fn, (batch, heads_kv, _tile_d(head_dim) + 1, _padded(seqlen_k))),
+        "q_scale": (torch.float32, (batch, heads_q, q_groups)),
+        "k_scale": (torch.float32, (batch, heads_kv, k_groups)),
+        "v_scale": (torch.float32, (batch, heads_kv, head_dim)),
+        "v_mean": (torch.float32, (batch, heads_kv, head_dim)),
+        "lse_shift": (torch.float32, (batch, heads_q, seqlen_q)),
+        "key_bias": (torch.float32, (batch, heads_q, seqlen_k)),
+    }
+    for name, (dtype, shape) in wanted.items():
+        t = getattr(qkv, name)
+        if t is None or (t.dtype, t.shape, t.device) == (dtype, shape, qkv.q.device) and t.is_contiguous():
+            continue
+        raise ValueError(
+            f"{name} is {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()} on {t.device}; it "
+            f"must be {dtype} of shape {shape}, contiguous, on {qkv.q.device}; use quantize_qkv or from_fp8."
+        )
+    scales = {name: nan_if_negative(name, getattr(qkv, name)) for name in ("q_scale", "k_scale")}
+    return scales | dict(zip(_SIZES, sizes, strict=True))
+
+
 @torch.no_grad()
 def quantize_qkv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
@@ -132,9 +214,12 @@ def quantize_qkv(
         recipe: None means Fp8Recipe.default().
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: dtypes, devices or shapes that do not fit.
     """
+    check_tensors(("q", "k", "v"), (q, k, v))
     recipe = Fp8Recipe.default() if recipe is None else recipe
+    check_instance("recipe", recipe, Fp8Recipe, "pass Fp8Recipe.default(), another preset or None")
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
@@ -172,7 +257,7 @@ def quantize_qkv(
     if recipe.compensate_v:
         error = v_scale * mean_error(v_scaled, v_codes)
         v_mean = error if v_mean is None else v_mean + error
-    return QuantizedQKV(
+    return QuantizedQKV.trusted(
         q=_pad_channels(q_codes.transpose(1, 2)),
         k=_pad_channels(k_codes.transpose(1, 2)),
         v=_transposed_v(v_codes.transpose(-1, -2)),
@@ -205,23 +290,28 @@ def from_fp8(
         q: (batch, seqlen_q, heads_q, head_dim) float8_e4m3fn, standing for q * q_descale.
         k, v: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn.
         q_descale, k_descale, v_descale: (batch, heads_kv) float32, any strides, or None for 1. One element
-            of q_descale is for all query heads that read the key/value head.
+            of q_descale is for all query heads that read the key/value head. Those of q and k must not be
+            negative: on a GPU, whose values are not waited for, a negative one acts as NaN.
         recipe: of which only linear_exp2, p_offset, rescale_threshold, accumulation and row_sum are free;
             None means Fp8Recipe.fa3().
 
     Raises:
-        ValueError: dtypes, devices or shapes that do not fit, or a recipe that would have to quantise.
+        TypeError: an argument is of another type.
+        ValueError: dtypes, devices or shapes that do not fit, a negative descale of q or k on a CPU, or a
+            recipe that would have to quantise.
     """
-    fa3 = Fp8Recipe.fa3()
+    check_tensors(("q", "k", "v"), (q, k, v))
+    fa3 = _FA3
     recipe = fa3 if recipe is None else recipe
+    check_instance("recipe", recipe, Fp8Recipe, "change a copy of Fp8Recipe.fa3(), or pass None")
     fixed = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
     fixed += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "sample_stats")
     for name in fixed:
         if getattr(recipe, name) != getattr(fa3, name):
             raise ValueError(
-                f"the recipe for tensors that are e4m3 already has {name} {getattr(recipe, name)!r}; it must "
-                f"be {getattr(fa3, name)!r}; change a copy of Fp8Recipe.fa3() with dataclasses.replace, or "
-                "pass unquantised tensors."
+                f"recipe is for tensors that are e4m3 already and has {name} {getattr(recipe, name)!r}; it "
+                f"must be {getattr(fa3, name)!r}; change a copy of Fp8Recipe.fa3() with dataclasses.replace, "
+                "or pass unquantised tensors."
             )
     check_fp8_shapes(q, k, v)
     batch, seqlen_q, heads_q, head_dim = q.shape
@@ -232,9 +322,9 @@ def from_fp8(
             scales.append(torch.ones(batch, heads_kv, device=q.device))
         else:
             check_descale(name, descale, k)
-            scales.append(descale)
+            scales.append(descale if name == "v_descale" else nan_if_negative(name, descale))
     q_scale, k_scale, v_scale = (scale[..., None] for scale in scales)
-    return QuantizedQKV(
+    return QuantizedQKV.trusted(
         q=_pad_channels(q),
         k=_pad_channels(k),
         v=_transposed_v(v.permute(0, 2, 3, 1)),
@@ -402,9 +492,19 @@ def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float8_e4m3fn)
 
 
+def _padded(size: int) -> int:
+    """`size` rounded up to PITCH."""
+    return -(-size // PITCH) * PITCH
+
+
+def _tile_d(head_dim: int) -> int:
+    """The smallest of 64, 128, 256 that holds head_dim."""
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
 def _pad_channels(codes: torch.Tensor) -> torch.Tensor:
     """(batch, seqlen, heads, head_dim) 8-bit codes with head_dim filled up with zeros to the pitch."""
-    padded = codes.new_zeros(*codes.shape[:3], -(-codes.shape[3] // PITCH) * PITCH, dtype=torch.uint8)
+    padded = codes.new_zeros(*codes.shape[:3], _padded(codes.shape[3]), dtype=torch.uint8)
     padded[..., : codes.shape[3]] = codes.view(torch.uint8)
     return padded.view(codes.dtype)
 
@@ -412,8 +512,8 @@ def _pad_channels(codes: torch.Tensor) -> torch.Tensor:
 def _transposed_v(codes: torch.Tensor) -> torch.Tensor:
     """(batch, heads, head_dim, seqlen) e4m3 codes in the layout of QuantizedQKV.v."""
     batch, heads, head_dim, seqlen = codes.shape
-    tile_d = max(64, 1 << (head_dim - 1).bit_length())
-    rows = codes.new_zeros(batch, heads, tile_d + 1, -(-seqlen // PITCH) * PITCH, dtype=torch.uint8)
+    tile_d = _tile_d(head_dim)
+    rows = codes.new_zeros(batch, heads, tile_d + 1, _padded(seqlen), dtype=torch.uint8)
     rows[:, :, :head_dim, :seqlen] = codes.view(torch.uint8)
     rows[:, :, tile_d, :seqlen] = torch.ones((), dtype=codes.dtype).view(torch.uint8)
     return _permute_keys(rows).view(codes.dtype)

@@ -166,15 +166,16 @@ def test_what_is_refused(seed: int) -> None:
     q, k, v = CASE.qkv(torch.bfloat16, seed)
     q8, k8, v8 = (t.to(E4M3) for t in (q, k, v))
     recipe = Fp8Recipe.default()
-    with pytest.raises(NotImplementedError, match="^q_descale is "):
-        flash_attn_func(q, k, v, q_descale=torch.ones(2, 2), recipe=recipe, backend="emulator")
+    for name in ("q_descale", "k_descale", "v_descale"):
+        with pytest.raises(ValueError, match=f"^{name} is given beside .*bfloat16.*multiply {name[0]} by it"):
+            flash_attn_func(q, k, v, recipe=recipe, backend="emulator", **{name: torch.ones(2, 2)})
     with pytest.raises(NotImplementedError, match="^softcap is "):
         flash_attn_func(q8, k8, v8, softcap=30.0, backend="emulator")
     with pytest.raises(ValueError, match="it must be 'e4m3'"):
         flash_attn_func(q8, k8, v8, recipe=recipe, backend="emulator")
     with pytest.raises(ValueError, match="all must be"):
         flash_attn_func(q8, k, v, backend="emulator")
-    with pytest.raises(ValueError, match="all must be torch.bfloat16 or all torch.float16"):
+    with pytest.raises(ValueError, match="all must be torch.bfloat16, all torch.float16 or"):
         flash_attn_func(q.float(), k.float(), v.float(), recipe=recipe, backend="emulator")
     with pytest.raises(ValueError, match="out_dtype is torch.float32"):
         flash_attn_quantized_func(quantize_qkv(q, k, v), out_dtype=torch.float32, backend="emulator")
