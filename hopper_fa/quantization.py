@@ -27,6 +27,7 @@ _SMALLEST_AMAX = 2.0**-100
 # so much larger. Codes are denormal below 1/896 of the sample's maximum, and the largest is not 448 exactly.
 _HEADROOM = 32
 _SATURATES = 432.0  # from here on all is rounded to 448
+_CODE_OF_ONE = 0x38  # in e4m3. NOTE: a number, as a tensor's copy to a GPU would be waited for.
 _FA3 = Fp8Recipe.fa3()
 _SIZES = ("head_dim", "seqlen_q", "seqlen_k")  # of QuantizedQKV
 
@@ -515,7 +516,7 @@ def _transposed_v(codes: torch.Tensor) -> torch.Tensor:
     tile_d = _tile_d(head_dim)
     rows = codes.new_zeros(batch, heads, tile_d + 1, _padded(seqlen), dtype=torch.uint8)
     rows[:, :, :head_dim, :seqlen] = codes.view(torch.uint8)
-    rows[:, :, tile_d, :seqlen] = torch.ones((), dtype=codes.dtype).view(torch.uint8)
+    rows[:, :, tile_d, :seqlen] = _CODE_OF_ONE
     return _permute_keys(rows).view(codes.dtype)
 
 

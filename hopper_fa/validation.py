@@ -171,7 +171,8 @@ def nan_if_negative(name: str, scale: torch.Tensor) -> torch.Tensor:
             f"{name} has the negative element {scale.min().item():g}; it must be at least 0; move the "
             "sign into the tensor that it scales."
         )
-    return torch.where(scale < 0, float("nan"), scale)
+    # NOTE: torch.where would copy its number to the GPU, and wait.
+    return scale.masked_fill(scale < 0, float("nan"))
 
 
 def check_out_dtype(dtype: torch.dtype) -> None:
