@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from hopper_fa.arguments import as_flag, as_float, as_int, as_sizes, as_text, check_attention, check_instance
 from hopper_fa.attention import flash_attn_func
 from hopper_fa.metrics import error_metrics
 from hopper_fa.reference import attention_reference
@@ -42,11 +43,20 @@ def random_qkv(
         seed: of the generator; the same seed gives the same tensors on a given kind of device.
 
     Raises:
-        ValueError: unknown distribution.
+        TypeError: an argument is of another type.
+        ValueError: unknown distribution, a negative size, or heads that do not fit.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution is {distribution!r}; pass one of {', '.join(DISTRIBUTIONS)}")
-    generator = torch.Generator(device).manual_seed(seed)
+    batch, seqlen_q, seqlen_k = as_sizes(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    heads_q, heads_kv, head_dim = as_sizes(heads_q=heads_q, heads_kv=heads_kv, head_dim=head_dim)
+    if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
+        raise ValueError(
+            f"heads_q is {heads_q} and heads_kv {heads_kv}; heads_q must be a positive multiple of heads_kv; "
+            "pass others."
+        )
+    check_instance("dtype", dtype, torch.dtype, "pass torch.bfloat16, say")
+    check_instance("device", device, (str, torch.device), 'pass "cpu" or "cuda", say')
+    as_text("distribution", distribution, DISTRIBUTIONS)
+    generator = torch.Generator(device).manual_seed(as_int("seed", seed))
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
@@ -82,8 +92,14 @@ def unfused_attention(
     """Standard attention of torch operations, every intermediate rounded to the inputs' own dtype.
 
     The yardstick of FlashAttention's rule: a fused kernel passes if its error against float64 is at most
-    twice this one's. Arguments as in `flash_attn_func`; heads_q must be a multiple of heads_kv.
+    twice this one's. Arguments as in `flash_attn_func`, of any floating-point dtype; heads_q must be a
+    multiple of heads_kv.
+
+    Raises:
+        TypeError, ValueError: as `attention_reference`.
     """
+    check_attention(q, k, v)
+    softmax_scale, causal = as_float("softmax_scale", softmax_scale, optional=True), as_flag("causal", causal)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))

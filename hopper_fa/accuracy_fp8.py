@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hopper_fa.accuracy import random_qkv
+from hopper_fa.arguments import as_text
 from hopper_fa.attention import flash_attn_func, flash_attn_quantized_func, quantize_qkv
 from hopper_fa.emulator_fp8 import attention_fp8_emulated
 from hopper_fa.metrics import error_metrics
@@ -105,11 +106,9 @@ def study_inputs(
         v_mean: added to V.
 
     Raises:
-        ValueError: unknown kind.
+        TypeError, ValueError: unknown kind; see `random_qkv`.
     """
-    kinds = ("normal", "outliers", "k_bias", "qk_bias", "long")
-    if kind not in kinds:
-        raise ValueError(f"kind is {kind!r}; pass one of {', '.join(kinds)}")
+    as_text("kind", kind, ("normal", "outliers", "k_bias", "qk_bias", "long"))
     q, k, v = random_qkv(
         1, queries, keys, heads, heads, head_dim,
         dtype=torch.float32, device=device, distribution=kind if kind == "outliers" else "normal", seed=seed,
@@ -211,6 +210,8 @@ def fp8_accuracy(
         One row a (inputs, attention): those, the sizes, `error_metrics` of the output, `lse_max_abs`, what
         stands `beside` it and `by` whom, its `target` and whether it is `met` (None without), `seconds`.
     """
+    for name in inputs:
+        as_text("inputs", name, tuple(SETUPS))
     runs_on = implementation(device)
     for name in inputs:
         setup = SETUPS[name]

@@ -109,7 +109,7 @@ def gradients_quantized_emulated(
         causal: bottom-right aligned causal mask.
 
     Returns:
-        dq, dk, dv in dout's dtype: gradients of the tensors before quantisation, straight through the rounding.
+        dq, dk, dv in dout's dtype: gradients of the unquantised tensors, straight through the rounding.
     """
     recipe, head_dim, dtype = qkv.recipe, qkv.head_dim, dout.dtype
     tile = kernels.backward_tile(head_dim, kernels.quantized_backward_variant(recipe, head_dim))

@@ -213,6 +213,25 @@ def forward(
         raise RuntimeError(f"hopper_fa forward was not launched: {STATUS_SENTENCES[status]}.")
 
 
+def backward_scratch_bytes(
+    batch: int, seqlen_q: int, heads_q: int, head_dim: int, variant: str = "default"
+) -> int:
+    """Bytes of GPU memory that `backward` takes while it runs, beside its arguments.
+
+    With rows = batch * heads_q * (seqlen_q rounded up to whole query blocks):
+
+        rows * (4 * tile_head_dim + 8) + 8 * rows / block_m
+
+    That is dQ in FP32, two FP32 numbers a row, and two int32 a query block. NOTE: the tile decides, not the
+    call: its head dim is 64 up to 64, 128 up to 128 and 256 above, its block_m 128, 64 and 64.
+
+    Raises:
+        ValueError: the table has no such row.
+    """
+    tile = backward_tile(head_dim, variant)["tile"]
+    return 4 * sum(_C.backward_workspace(tile, batch, seqlen_q, heads_q))
+
+
 def backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -231,7 +250,8 @@ def backward(
 ) -> None:
     """Put the backward's kernels into the current stream of q's device; checks nothing, waits for nothing.
 
-    Takes FP32 scratch of the size of dQ and of two numbers a query row.
+    Takes `backward_scratch_bytes` of scratch: above all dQ in FP32, padded to the tile. That is twice the
+    size of dq at head dims 64, 128 and 256, and 16 times at 8.
 
     Args:
         dout: gradient of out; both as q, (batch, seqlen_q, heads_q, head_dim). k, v: (batch, seqlen_k,

@@ -2,13 +2,16 @@
 
 import torch
 
+from hopper_fa.arguments import check_floating
+
 
 def error_metrics(x: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
     """Errors of `x` against `ref`, in float64 whatever the inputs' dtype.
 
     Args:
         x: any shape, any floating-point dtype.
-        ref: same shape, taken as the truth.
+        ref: same shape, any floating-point dtype, taken as the truth. It may be on another device than x, and
+            is copied to x's then.
 
     Returns:
         max_abs: largest |x - ref|.
@@ -21,12 +24,15 @@ def error_metrics(x: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
             relative_l2.
 
     Raises:
-        ValueError: the shapes differ.
+        TypeError: one is no tensor.
+        ValueError: one is not of floating point, or the shapes differ.
     """
+    check_floating("x", x)
+    check_floating("ref", ref)
     if x.shape != ref.shape:
         raise ValueError(
-            f"error_metrics got x of shape {tuple(x.shape)} and ref of shape {tuple(ref.shape)}; "
-            "pass two tensors of one shape"
+            f"x has shape {tuple(x.shape)} and ref {tuple(ref.shape)}; they must be equal; pass two "
+            "tensors of one shape."
         )
     names = (
         "max_abs",

@@ -8,16 +8,25 @@ asks for is in hopper_fa/recipe.py.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from hopper_fa.arguments import as_sizes, check_instance, check_tensor, check_tensors
 from hopper_fa.constants import constant
+from hopper_fa.kernels import MAX_HEAD_DIM
 from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
 from hopper_fa.token_stats import mean_error, sampled_tokens, token_mean, tree_sum
 from hopper_fa.transforms import refuse_transforms
-from hopper_fa.validation import check_descale, check_fp8_shapes, check_sizes, resolved
+from hopper_fa.validation import (
+    check_descale,
+    check_fp8_shapes,
+    check_sizes,
+    nan_if_negative,
+    resolved,
+)
 
 PITCH = 16  # bytes that rows of the 8-bit tensors are a multiple of, and keys that V is permuted among
 _SIXTEEN = 16  # columns that the rotation's first step mixes
@@ -28,11 +37,12 @@ _SMALLEST_AMAX = 2.0**-100
 # so much larger. Codes are denormal below 1/896 of the sample's maximum, and the largest is not 448 exactly.
 _HEADROOM = 32
 _SATURATES = 432.0  # from here on all is rounded to 448
-_E4M3_ONE = 0x38  # the code of 1
+_CODE_OF_ONE = 0x38  # in e4m3. NOTE: a number, as a tensor's copy to a GPU would be waited for.
 _FA3 = Fp8Recipe.fa3()
 # Its fields that a recipe for tensors that are e4m3 already must have.
 _FIXED_OF_E4M3 = ("qk_dtype", "q_granularity", "k_granularity", "v_granularity", "rotation")
 _FIXED_OF_E4M3 += ("smooth_q", "smooth_k", "smooth_v", "compensate_v", "sample_stats")
+_SIZES = ("head_dim", "seqlen_q", "seqlen_k")  # of QuantizedQKV
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,15 @@ class QuantizedQKV:
             scores of a key, before softmax_scale; None without smooth_q.
         q_mean, k_mean: (batch, heads, head_dim) float32, what smooth_q and smooth_k subtracted, for the
             backward; None without them.
+
+    q_scale and k_scale must not be negative, because a row's maximum is looked for before it is scaled. On a
+    GPU, whose values are not waited for, a negative one becomes NaN, and so does what is computed with it.
+    v_scale has any sign.
+
+    Raises:
+        TypeError: a field is of another type.
+        ValueError: dtypes, devices, shapes or strides that do not fit, or on a CPU a negative q_scale or
+            k_scale.
     """
 
     q: torch.Tensor
@@ -81,6 +100,17 @@ class QuantizedQKV:
     seqlen_k: int
     q_mean: torch.Tensor | None = None
     k_mean: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in _checked_fields(self).items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def trusted(cls, **fields: Any) -> "QuantizedQKV":
+        """One of all fields, which are right by construction and not checked, for that takes a while."""
+        qkv = object.__new__(cls)
+        qkv.__dict__.update(fields)
+        return qkv
 
     @property
     def q_group_rows(self) -> int:
@@ -126,7 +156,7 @@ class QuantizedQKV:
         if self.is_resolved:
             return self
         tensors = {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
-        return replace(self, **{name: resolved(t) for name, t in tensors.items()})
+        return QuantizedQKV.trusted(**vars(self) | {name: resolved(t) for name, t in tensors.items()})
 
     def contiguous(self) -> "QuantizedQKV":
         """This, or a copy of it whose tensors are contiguous, resolved and start at multiples of 16 bytes."""
@@ -141,7 +171,7 @@ class QuantizedQKV:
             for name, t in tensors.items()
             if t is not None and not sound(t)
         }
-        return replace(ours, **copies) if copies else ours
+        return QuantizedQKV.trusted(**vars(ours) | copies) if copies else ours
 
     def to_tensors(self) -> tuple[list[torch.Tensor], tuple[int, int, int, int]]:
         """The tensors that there are, and (head_dim, seqlen_q, seqlen_k, bits that say which there are)."""
@@ -181,6 +211,73 @@ class QuantizedQKV:
 _TENSORS = tuple(field.name for field in fields(QuantizedQKV) if "Tensor" in str(field.type))
 
 
+def _checked_fields(qkv: QuantizedQKV) -> dict[str, Any]:
+    """The sizes as Python's integers, and the scales that must not be negative by `nan_if_negative`.
+
+    Raises:
+        TypeError, ValueError: see QuantizedQKV.
+    """
+    for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale"):
+        check_tensor(name, getattr(qkv, name))
+    for name in ("v_mean", "lse_shift", "key_bias", "q_mean", "k_mean"):
+        if getattr(qkv, name) is not None:
+            check_tensor(name, getattr(qkv, name))
+    recipe = qkv.recipe
+    check_instance("recipe", recipe, Fp8Recipe, "pass the one that the tensors were made by")
+    head_dim, seqlen_q, seqlen_k = sizes = as_sizes(**{name: getattr(qkv, name) for name in _SIZES})
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim is {head_dim}; it must be a multiple of 8 from 8 to {MAX_HEAD_DIM}; quantise "
+            "tensors of such a head dim."
+        )
+    for name in ("q", "k"):
+        if getattr(qkv, name).ndim != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(getattr(qkv, name).shape)}; it must be (batch, seqlen, heads, "
+                "pitch); use quantize_qkv or from_fp8."
+            )
+    (batch, _, heads_q, _), heads_kv = qkv.q.shape, qkv.k.shape[2]
+    if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
+        raise ValueError(
+            f"q has {heads_q} heads and k {heads_kv}; the heads of q must be a positive multiple of those of "
+            "k; repeat or drop heads."
+        )
+    codes = torch.int8 if recipe.qk_dtype == "int8" else torch.float8_e4m3fn
+    q_groups = {"token": seqlen_q, "block": -(-seqlen_q // Q_BLOCK)}.get(recipe.q_granularity, 1)
+    k_groups = {"token": seqlen_k, "block": -(-seqlen_k // K_BLOCK)}.get(recipe.k_granularity, 1)
+    for name, shape in (("q", (batch, seqlen_q, heads_q)), ("k", (batch, seqlen_k, heads_kv))):
+        t = getattr(qkv, name)
+        fits = (t.dtype, t.shape[:3], t.device) == (codes, shape, qkv.q.device) and t.shape[3] >= head_dim
+        if not fits or _loadable_rows(t) is not t:
+            raise ValueError(
+                f"{name} is {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()} on {t.device}; it "
+                f"must be {codes} of shape {(*shape, head_dim)} or wider, in rows that start at multiples of "
+                f"16 bytes, on {qkv.q.device}; use quantize_qkv or from_fp8."
+            )
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "v": (torch.float8_e4m3fn, (batch, heads_kv, _tile_d(head_dim) + 1, _padded(seqlen_k))),
+        "q_scale": (torch.float32, (batch, heads_q, q_groups)),
+        "k_scale": (torch.float32, (batch, heads_kv, k_groups)),
+        "v_scale": (torch.float32, (batch, heads_kv, head_dim)),
+        "v_mean": (torch.float32, (batch, heads_kv, head_dim)),
+        "lse_shift": (torch.float32, (batch, heads_q, seqlen_q)),
+        "key_bias": (torch.float32, (batch, heads_q, seqlen_k)),
+        "q_mean": (torch.float32, (batch, heads_q, head_dim)),
+        "k_mean": (torch.float32, (batch, heads_kv, head_dim)),
+    }
+    for name, (dtype, shape) in wanted.items():
+        t = getattr(qkv, name)
+        fits = t is None or (t.dtype, t.shape, t.device) == (dtype, shape, qkv.q.device)
+        if fits and (t is None or name in ("q_scale", "k_scale") or t.is_contiguous()):
+            continue
+        raise ValueError(
+            f"{name} is {t.dtype} of shape {tuple(t.shape)} and strides {t.stride()} on {t.device}; it "
+            f"must be {dtype} of shape {shape}, contiguous, on {qkv.q.device}; use quantize_qkv or from_fp8."
+        )
+    scales = {name: nan_if_negative(name, getattr(qkv, name)) for name in ("q_scale", "k_scale")}
+    return scales | dict(zip(_SIZES, sizes, strict=True))
+
+
 @torch.no_grad()
 def quantize_qkv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, recipe: Fp8Recipe | None = None
@@ -199,11 +296,14 @@ def quantize_qkv(
         recipe: None means Fp8Recipe.default().
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: dtypes, devices or shapes that do not fit.
         NotImplementedError: a transform of torch.func or a tangent is in them, which would vanish here.
     """
     refuse_transforms((q, k, v), "quantize_qkv")
+    check_tensors(("q", "k", "v"), (q, k, v))
     recipe = Fp8Recipe.default() if recipe is None else recipe
+    check_instance("recipe", recipe, Fp8Recipe, "pass Fp8Recipe.default(), another preset or None")
     check_quantizable(q, k, v)
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     heads_kv, head_dim = k.shape[2:]
@@ -235,7 +335,7 @@ def quantize_qkv(
     if recipe.compensate_v:
         error = v_scale * mean_error(v_scaled, v_codes)
         v_mean = error if v_mean is None else v_mean + error
-    return QuantizedQKV(
+    return QuantizedQKV.trusted(
         q=_pad_channels(q_codes.transpose(1, 2)),
         k=_pad_channels(k_codes.transpose(1, 2)),
         v=_transposed_v(v_codes.transpose(-1, -2)),
@@ -289,21 +389,26 @@ def from_fp8(
             dimension is contiguous, the other strides are multiples of 16 and the data is 16-byte aligned;
             otherwise they are copied. V is always rewritten.
         q_descale, k_descale, v_descale: (batch, heads_kv) float32, any strides, or None for 1. One element
-            of q_descale is for all query heads that read the key/value head.
+            of q_descale is for all query heads that read the key/value head. Those of q and k must not be
+            negative: on a GPU, whose values are not waited for, a negative one acts as NaN.
         recipe: of which only linear_exp2, p_offset, rescale_threshold, accumulation and row_sum are free;
             None means Fp8Recipe.fa3().
         transpose_v: brings V into the layout of `QuantizedQKV.v`; None: torch operations do.
 
     Raises:
-        ValueError: dtypes, devices or shapes that do not fit, or a recipe that would have to quantise.
+        TypeError: an argument is of another type.
+        ValueError: dtypes, devices or shapes that do not fit, a negative descale of q or k on a CPU, or a
+            recipe that would have to quantise.
     """
+    check_tensors(("q", "k", "v"), (q, k, v))
     recipe = _FA3 if recipe is None else recipe
+    check_instance("recipe", recipe, Fp8Recipe, "change a copy of Fp8Recipe.fa3(), or pass None")
     for name in () if recipe is _FA3 else _FIXED_OF_E4M3:
         if getattr(recipe, name) != getattr(_FA3, name):
             raise ValueError(
-                f"the recipe for tensors that are e4m3 already has {name} {getattr(recipe, name)!r}; it must "
-                f"be {getattr(_FA3, name)!r}; change a copy of Fp8Recipe.fa3() with dataclasses.replace, or "
-                "pass unquantised tensors."
+                f"recipe is for tensors that are e4m3 already and has {name} {getattr(recipe, name)!r}; it "
+                f"must be {getattr(_FA3, name)!r}; change a copy of Fp8Recipe.fa3() with "
+                "dataclasses.replace, or pass unquantised tensors."
             )
     check_fp8_shapes(q, k, v)
     q, k, v = resolved(q), resolved(k), resolved(v)
@@ -315,14 +420,15 @@ def from_fp8(
             scales.append(constant(1.0, 1, q.device)[:1].expand(batch, heads_kv))
         else:
             check_descale(name, descale, k)
-            scales.append(_indexable(resolved(descale)))
+            descale = _indexable(resolved(descale))
+            scales.append(descale if name == "v_descale" else nan_if_negative(name, descale))
     q_scale, k_scale, v_scale = (scale[..., None] for scale in scales)
     if v_descale is None:
         size = (batch, heads_kv, head_dim)
         v_scale = constant(1.0, math.prod(size), q.device)[: math.prod(size)].view(size)
     else:
         v_scale = v_scale.expand(batch, heads_kv, head_dim).contiguous()
-    return QuantizedQKV(
+    return QuantizedQKV.trusted(
         q=_loadable_rows(q),
         k=_loadable_rows(k),
         v=_transposed_v(v.permute(0, 2, 3, 1)) if transpose_v is None else transpose_v(v),
@@ -511,9 +617,19 @@ def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float8_e4m3fn)
 
 
+def _padded(size: int) -> int:
+    """`size` rounded up to PITCH."""
+    return -(-size // PITCH) * PITCH
+
+
+def _tile_d(head_dim: int) -> int:
+    """The smallest of 64, 128, 256 that holds head_dim."""
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
 def _pad_channels(codes: torch.Tensor) -> torch.Tensor:
     """(batch, seqlen, heads, head_dim) 8-bit codes, zeros after head_dim up to a multiple of PITCH."""
-    padded = codes.new_zeros(*codes.shape[:3], -(-codes.shape[3] // PITCH) * PITCH, dtype=torch.uint8)
+    padded = codes.new_zeros(*codes.shape[:3], _padded(codes.shape[3]), dtype=torch.uint8)
     padded[..., : codes.shape[3]] = codes.view(torch.uint8)
     return padded.view(codes.dtype)
 
@@ -546,10 +662,10 @@ def _indexable(scale: torch.Tensor) -> torch.Tensor:
 def _transposed_v(codes: torch.Tensor) -> torch.Tensor:
     """(batch, heads, head_dim, seqlen) e4m3 codes in the layout of QuantizedQKV.v."""
     batch, heads, head_dim, seqlen = codes.shape
-    tile_d = max(64, 1 << (head_dim - 1).bit_length())
-    rows = codes.new_zeros(batch, heads, tile_d + 1, -(-seqlen // PITCH) * PITCH, dtype=torch.uint8)
+    tile_d = _tile_d(head_dim)
+    rows = codes.new_zeros(batch, heads, tile_d + 1, _padded(seqlen), dtype=torch.uint8)
     rows[:, :, :head_dim, :seqlen] = codes.view(torch.uint8)
-    rows[:, :, tile_d, :seqlen] = _E4M3_ONE
+    rows[:, :, tile_d, :seqlen] = _CODE_OF_ONE
     return _permute_keys(rows).view(codes.dtype)
 
 

@@ -71,7 +71,7 @@ def quantize_qkv(
     v_codes, v_scale, v_mean = quantize_v(v, recipe, of_v, overlap, launches)
     for launch in launches:
         launch()
-    return QuantizedQKV(
+    return QuantizedQKV.trusted(
         q=q_codes,
         k=k_codes,
         v=v_codes,

@@ -5,6 +5,8 @@ import json
 import math
 from dataclasses import dataclass, replace
 
+from hopper_fa.arguments import as_flag, as_float, as_int, as_text
+
 Q_BLOCK = 64  # query rows that share a "block" scale: those of one warpgroup
 K_BLOCK = 128  # keys that share a "block" scale, and keys a step of the FP8 kernel at every head dim
 FLUSH_INTERVAL, SMOOTH_FLUSH_INTERVAL = 16, 32  # key blocks, see Fp8Recipe.interval
@@ -21,11 +23,14 @@ _CHOICES = {
     "rotation": ("none", "hadamard"),
     "row_sum": ("product", "fp32"),
 }
+_FLAGS = ("smooth_k", "smooth_q", "smooth_v", "compensate_v", "sample_stats")
 
 
 @dataclass(frozen=True)
 class Fp8Recipe:
     """How Q, K and V become 8-bit numbers, and how P and the sums are formed. V and P are always e4m3.
+
+    NumPy's numbers become Python's: equal recipes have one hash and one text.
 
     Attributes:
         qk_dtype: of Q and K: "e4m3" or "int8" (same speed on the tensor cores; sums of int8 are exact).
@@ -37,7 +42,7 @@ class Fp8Recipe:
         v_granularity: "none" (scale 1: V is only rounded, and saturates at 448), "tensor", "head", "channel".
         rotation: "hadamard" multiplies Q and K by one random orthogonal matrix, which spreads outliers over
             the channels and leaves q . k as it was.
-        rotation_seed: of the random signs in that matrix.
+        rotation_seed: of the random signs in that matrix, from -2**63 to 2**64 - 1.
         smooth_k: subtract K's mean over the keys of a head (see sample_stats). Exact: it shifts all scores of
             a row alike.
         smooth_q: subtract Q's mean over the rows of a head. What that takes out of the scores, a number a
@@ -67,6 +72,7 @@ class Fp8Recipe:
             float32 sum of the unrounded P (FlashAttention-3).
 
     Raises:
+        TypeError: a field is of another type. NOTE: 0 and 1 are no bools, and 1.0 is no int.
         ValueError: a field has no such value, or P could exceed 448.
     """
 
@@ -88,42 +94,60 @@ class Fp8Recipe:
     row_sum: str = "product"
 
     def __post_init__(self) -> None:
-        # NOTE: here, as torch.compile can read it as a constant, and trace no more.
-        object.__setattr__(self, "_text", json.dumps(vars(self)))
+        fields = self._checked_fields()
+        # NOTE: the text is made here, as torch.compile can read it as a constant, and trace no more.
+        vars(self).update(fields, _text=json.dumps(fields))
+
+    def _checked_fields(self) -> dict[str, str | bool | int | float | None]:
+        """All fields as Python's own types, so that equal recipes have equal texts.
+
+        Raises:
+            TypeError, ValueError: see the class.
+        """
+        fields = dict(vars(self))
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; allowed are {', '.join(choices)}; pass one of them.")
-        if self.k_granularity == "none" and self.qk_dtype != "e4m3":
+            if type(fields[name]) is not str or fields[name] not in choices:
+                fields[name] = as_text(name, fields[name], choices)
+        for name in _FLAGS:
+            if fields[name] is not True and fields[name] is not False:
+                fields[name] = as_flag(name, fields[name])
+        fields["linear_exp2"] = as_flag("linear_exp2", self.linear_exp2, optional=True)
+        fields["rotation_seed"] = seed = as_int("rotation_seed", self.rotation_seed)
+        fields["accumulation"] = accumulation = as_int("accumulation", self.accumulation, optional=True)
+        for name in ("p_offset", "rescale_threshold"):
+            value = as_float(name, fields[name], optional=True)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(
+                    f"{name} is {value}; it must be finite and at least 0; pass another or None."
+                )
+            fields[name] = value if value is None else abs(value)  # -0.0 is 0.0, also as a text
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(
+                f"rotation_seed is {seed}; it must be from -2**63 to 2**64 - 1, as torch.Generator takes it; "
+                "pass another."
+            )
+        if fields["k_granularity"] == "none" and fields["qk_dtype"] != "e4m3":
             raise ValueError(
                 f'k_granularity is "none" and qk_dtype {self.qk_dtype!r}; only e4m3 can do without a scale; '
                 'pass qk_dtype "e4m3", or another k_granularity.'
             )
-        if self.accumulation is not None and (type(self.accumulation) is not int or self.accumulation < 0):
+        if accumulation is not None and not 0 <= accumulation < 2**31:
             raise ValueError(
-                f"accumulation is {self.accumulation!r}; it must be a number of key blocks, 0 for never, or "
-                "None for the kernel's own; pass an int that is not negative, or None."
+                f"accumulation is {accumulation}; it must be a number of key blocks below 2**31, 0 for "
+                "never, or None for the kernel's own; pass another."
             )
-        if self.linear_exp2 is not None and type(self.linear_exp2) is not bool:
+        p_offset, threshold = fields["p_offset"], fields["rescale_threshold"]
+        if (p_offset is None) != (threshold is None):
             raise ValueError(
-                f"linear_exp2 is {self.linear_exp2!r}; it must be a bool, or None for the kernel's own; pass "
-                "one of them."
+                f"p_offset is {p_offset} and rescale_threshold {threshold}; one is None without the other; "
+                "pass both or neither."
             )
-        if (self.p_offset is None) != (self.rescale_threshold is None):
+        if p_offset is not None and not p_offset + threshold <= math.log2(E4M3_MAX):
             raise ValueError(
-                f"p_offset is {self.p_offset} and rescale_threshold {self.rescale_threshold}; one is None "
-                "without the other; pass both or neither."
+                f"p_offset {p_offset} and rescale_threshold {threshold} let P reach "
+                f"2**{p_offset + threshold:g}; e4m3 ends at 448 = 2**8.807; lower one."
             )
-        if self.p_offset is None or self.rescale_threshold is None:
-            return
-        for name in ("p_offset", "rescale_threshold"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0; raise it.")
-        if not self.p_offset + self.rescale_threshold <= math.log2(E4M3_MAX):
-            raise ValueError(
-                f"p_offset {self.p_offset} and rescale_threshold {self.rescale_threshold} let P reach "
-                f"2**{self.p_offset + self.rescale_threshold:g}; e4m3 ends at 448 = 2**8.807; lower one."
-            )
+        return fields
 
     def to_text(self) -> str:
         """All fields as JSON, which `from_text` takes back: operators have no arguments of other types."""

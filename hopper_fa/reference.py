@@ -2,6 +2,8 @@
 
 import torch
 
+from hopper_fa.arguments import as_flag, as_float, check_attention
+
 
 def attention_reference(
     q: torch.Tensor,
@@ -18,14 +20,21 @@ def attention_reference(
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), any floating-point dtype.
-        k, v: (batch, seqlen_k, heads_kv, head_dim), heads_q a multiple of heads_kv.
+        k, v: (batch, seqlen_k, heads_kv, head_dim), heads_q a multiple of heads_kv. The head_dim of v, which
+            out has then, may be another.
         softmax_scale: factor on the scores; None means 1 / sqrt(head_dim).
         causal: hide keys after the query's own position.
 
     Returns:
         out (batch, seqlen_q, heads_q, head_dim) and lse = log(sum(exp(scores))) (batch, heads_q,
         seqlen_q), float64.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: dtypes, devices or shapes that do not fit.
     """
+    check_attention(q, k, v)
+    softmax_scale, causal = as_float("softmax_scale", softmax_scale, optional=True), as_flag("causal", causal)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = _heads_first(q, k, v)
     scores = _scores(q, k, scale, causal)

@@ -4,6 +4,7 @@ from typing import NoReturn
 
 import torch
 
+from hopper_fa.arguments import as_flag, check_instance, check_tensor
 from hopper_fa.kernels import DTYPE_NAMES, MAX_HEAD_DIM
 
 # Kernels count keys and rows in int32, and look up to one tile past the end.
@@ -12,6 +13,11 @@ MAX_SEQLEN = 2**31 - 1024
 MAX_TILES = 2**31 - 1024
 # Larger factors push ordinary scores past the end of float32.
 MAX_SCALE = 2.0**64
+# What follows "causal is ...; it must be True or False".
+CAUSAL_HOW = (
+    "note that positional arguments follow FlashAttention-3 (q, k, v, softmax_scale, causal), and pass "
+    "dropout_p by name"
+)
 
 
 def check_forward(
@@ -63,10 +69,7 @@ def check_softmax(softmax_scale: float | None, causal: bool) -> None:
             f"softmax_scale is {softmax_scale}; it must be from -2**64 to 2**64; pass another or None."
         )
     if causal is not True and causal is not False:
-        raise TypeError(
-            f"causal is {causal!r}; it must be True or False; note that positional arguments follow "
-            "FlashAttention-3 (q, k, v, softmax_scale, causal), and pass dropout_p by name."
-        )
+        as_flag("causal", causal, how=CAUSAL_HOW)
 
 
 def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -81,8 +84,8 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     dtype = q.dtype
     if dtype not in DTYPE_NAMES or k.dtype != dtype or v.dtype != dtype:
         raise ValueError(
-            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; all must be torch.bfloat16 or all "
-            "torch.float16; convert them with .to()."
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; all must be torch.bfloat16, all "
+            "torch.float16 or all torch.float8_e4m3fn; convert them with .to()."
         )
     check_sizes(q, k, v)
 
@@ -151,8 +154,10 @@ def check_descale(name: str, descale: torch.Tensor, k: torch.Tensor) -> None:
     """A scale for each key/value head of k (batch, seqlen_k, heads_kv, head_dim), as in FlashAttention-3.
 
     Raises:
+        TypeError: it is no tensor.
         ValueError: it is not (batch, heads_kv) float32 on k's device.
     """
+    check_tensor(name, descale)
     shape = (k.shape[0], k.shape[2])
     if descale.shape != shape or descale.dtype != torch.float32 or descale.device != k.device:
         raise ValueError(
@@ -161,8 +166,26 @@ def check_descale(name: str, descale: torch.Tensor, k: torch.Tensor) -> None:
         )
 
 
+def nan_if_negative(name: str, scale: torch.Tensor) -> torch.Tensor:
+    """The float32 scales of Q or K, any shape, with NaN for what is negative, which the kernels take for 0.
+
+    NOTE: on a CPU it is refused. A GPU's values are not waited for.
+
+    Raises:
+        ValueError: a scale on a CPU is negative.
+    """
+    if type(scale) is torch.Tensor and scale.device.type == "cpu" and (scale < 0).any():
+        raise ValueError(
+            f"{name} has the negative element {scale.min().item():g}; it must be at least 0; move the "
+            "sign into the tensor that it scales."
+        )
+    # NOTE: torch.where would copy its number to the GPU, and wait.
+    return scale.masked_fill(scale < 0, float("nan"))
+
+
 def check_out_dtype(dtype: torch.dtype) -> None:
-    """Raises ValueError if attention over quantised tensors cannot return `dtype`."""
+    """Raises TypeError or ValueError if attention over quantised tensors cannot return `dtype`."""
+    check_instance("out_dtype", dtype, torch.dtype, "pass torch.bfloat16 or torch.float16")
     if dtype not in DTYPE_NAMES:
         raise ValueError(
             f"out_dtype is {dtype}; it must be torch.bfloat16 or torch.float16; convert the output itself."
@@ -176,6 +199,8 @@ def check_memory(name: str, t: torch.Tensor) -> None:
         ValueError: the last dimension is not contiguous, another stride is no multiple of 16 bytes, or the
             data does not start at a multiple of 16 bytes.
     """
+    if t.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {t.layout}; it must be torch.strided; call {name}.to_dense().")
     batch, row, head, last = t.stride()
     if last != 1:
         raise ValueError(

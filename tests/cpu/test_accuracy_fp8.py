@@ -36,7 +36,7 @@ def test_inputs(kind: str, seed: int) -> None:
 
 
 def test_inputs_refuse_unknown_kinds() -> None:
-    with pytest.raises(ValueError, match="pass one of normal"):
+    with pytest.raises(ValueError, match="kind is .*it must be one of 'normal'"):
         study_inputs("strange", 8, 8)
 
 

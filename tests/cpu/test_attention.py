@@ -74,9 +74,6 @@ def test_packed_shapes_are_checked() -> None:
     ("name", "value"),
     [
         ("qv", torch.zeros(1)),
-        ("q_descale", torch.ones(1)),
-        ("k_descale", torch.ones(1)),
-        ("v_descale", torch.ones(1)),
         ("window_size", (128, 0)),
         ("window_size", [-1, 0]),
         ("attention_chunk", 64),

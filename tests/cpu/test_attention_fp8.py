@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASE = Case(batch=2, heads_q=4, heads_kv=2, seqlen_q=40, seqlen_k=170)
 E4M3 = torch.float8_e4m3fn
+# What a recipe of tensors that are e4m3 already must have.
+RAW = dict(q_granularity="group", k_granularity="head", v_granularity="head")
 
 
 @pytest.fixture(autouse=True)
@@ -226,8 +228,9 @@ def test_what_is_refused(seed: int) -> None:
     q, k, v = CASE.qkv(torch.bfloat16, seed)
     q8, k8, v8 = (t.to(E4M3) for t in (q, k, v))
     recipe = Fp8Recipe.default()
-    with pytest.raises(NotImplementedError, match="^q_descale is "):
-        flash_attn_func(q, k, v, q_descale=torch.ones(2, 2), recipe=recipe, backend="emulator")
+    for name in ("q_descale", "k_descale", "v_descale"):
+        with pytest.raises(ValueError, match=f"^{name} is given beside .*bfloat16.*multiply {name[0]} by it"):
+            flash_attn_func(q, k, v, recipe=recipe, backend="emulator", **{name: torch.ones(2, 2)})
     with pytest.raises(NotImplementedError, match="^softcap is "):
         flash_attn_func(q8, k8, v8, softcap=30.0, backend="emulator")
     with pytest.raises(ValueError, match="it must be 'e4m3'"):
@@ -236,7 +239,7 @@ def test_what_is_refused(seed: int) -> None:
         flash_attn_func(q8, k, v, backend="emulator")
     with pytest.raises(ValueError, match="have shapes"):  # rather than that a CPU has no kernels
         flash_attn_func(q8, k8, v8[..., :8])
-    with pytest.raises(ValueError, match="all must be torch.bfloat16 or all torch.float16"):
+    with pytest.raises(ValueError, match="all must be torch.bfloat16, all torch.float16 or"):
         flash_attn_func(q.float(), k.float(), v.float(), recipe=recipe, backend="emulator")
     with pytest.raises(ValueError, match="out_dtype is torch.float32"):
         flash_attn_quantized_func(quantize_qkv(q, k, v), out_dtype=torch.float32, backend="emulator")
@@ -258,3 +261,48 @@ def test_float8_tensors_have_no_gradient(seed: int) -> None:
     assert not flash_attn_quantized_func(
         quantize_qkv(*CASE.qkv(torch.bfloat16, seed)), backend="emulator"
     ).requires_grad
+
+
+DESCALES = ("q_descale", "k_descale", "v_descale")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_signs_of_descales(causal: bool, seed: int) -> None:
+    """v_descale has any sign; a negative one of Q or K is refused, also beside a right one."""
+    q, k, v = (t.to(E4M3) for t in CASE.qkv(torch.float32, seed))
+    v_descale = torch.randn(2, 2)
+    v_descale[0, 0], v_descale[1, 1] = -1.5, 0.0
+    heads = torch.tensor([0, 0, 1, 1])
+    for backend in ("emulator", "reference"):
+        bare = flash_attn_func(q, k, v, None, causal, backend="reference").double()
+        got = flash_attn_func(q, k, v, None, causal, v_descale=v_descale, backend=backend)
+        want = bare * v_descale.double()[:, None, heads, None]
+        assert error_metrics(got, want)["relative_l2"] < 0.05
+    for name in DESCALES[:2]:
+        for other in (torch.tensor([[1.0, -0.5], [1.0, 1.0]]), -torch.ones(2, 2), torch.full((2, 2), -1e-40)):
+            with pytest.raises(
+                ValueError, match=f"^{name} has the negative element -.*at least 0; move the sign"
+            ):
+                flash_attn_func(q, k, v, None, causal, backend="emulator", **{name: other})
+            with pytest.raises(ValueError, match=f"^{name} has the negative element"):
+                from_fp8(q, k, v, **{name: other})
+        zeros = flash_attn_func(q, k, v, None, causal, backend="emulator", **{name: torch.zeros(2, 2)})
+        minus = flash_attn_func(q, k, v, None, causal, backend="emulator", **{name: -torch.zeros(2, 2)})
+        assert torch.equal(zeros, minus) and zeros.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", [None, Fp8Recipe(**RAW, linear_exp2=True), Fp8Recipe(**RAW)])
+@pytest.mark.parametrize("name", DESCALES)
+def test_descales_that_are_nan(name: str, recipe: Fp8Recipe | None, seed: int) -> None:
+    """NaN in what the head computes, and no other bit changed."""
+    q, k, v = (t.to(E4M3) for t in CASE.qkv(torch.float32, seed))
+    broken = torch.ones(2, 2)
+    broken[1, 0] = float("nan")
+    for backend in ("emulator", "reference"):
+        options = dict(return_lse=True, recipe=recipe, backend=backend)
+        out, lse = flash_attn_func(q, k, v, **options, **{name: broken})
+        want_out, want_lse = flash_attn_func(q, k, v, **options)
+        assert out[1, :, :2].isnan().all()
+        assert name == "v_descale" or lse[1, :2].isnan().all()
+        for got, want in ((out.transpose(1, 2), want_out.transpose(1, 2)), (lse, want_lse)):
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1, 2:], want[1, 2:])

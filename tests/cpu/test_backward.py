@@ -1,6 +1,8 @@
 """Training calls: autograd, torch.compile, checkpoints, autocast, packed tensors and the backward."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -370,3 +372,78 @@ def test_kernels_get_what_tma_can_take(
     train(monkeypatch, tensors, fine.new_ones(fine.numel() + 1)[1:].view(fine.shape))
     for dout, *_ in launches[1:]:
         assert dout.is_contiguous() and dout.data_ptr() % 16 == 0 and (dout == 1).all()
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 128, 136, 256])
+@pytest.mark.parametrize(
+    ("batch", "seqlen_q", "heads_q"), [(1, 1, 1), (2, 129, 3), (3, 0, 2), (1, 2**20, 64)]
+)
+def test_scratch_is_what_the_docs_say(batch: int, seqlen_q: int, heads_q: int, head_dim: int) -> None:
+    """The formula in kernels.backward_scratch_bytes and docs/backward.md, and what the launch is given."""
+    if head_dim <= 64:
+        tile_head_dim, block_m = 64, 128
+    else:
+        tile_head_dim, block_m = 128 if head_dim <= 128 else 256, 64
+    tile = kernels.backward_tile(head_dim)
+    assert (tile["head_dim"], tile["block_m"]) == (tile_head_dim, block_m)
+    rows = batch * heads_q * -(-seqlen_q // block_m) * block_m
+    stated = rows * (4 * tile_head_dim + 8) + 8 * rows // block_m
+    assert kernels.backward_scratch_bytes(batch, seqlen_q, heads_q, head_dim) == stated
+    sum_floats, row_floats, turn_ints = kernels._C.backward_workspace(tile["tile"], batch, seqlen_q, heads_q)
+    assert (sum_floats, row_floats) == (rows * tile_head_dim, rows * 2)
+    assert turn_ints == 2 * rows // block_m and 4 * (sum_floats + row_floats + turn_ints) == stated
+
+
+def test_scratch_in_the_docs_table() -> None:
+    """Every row of docs/backward.md's table: bytes a query row, and over those of dQ in 16 bits."""
+    text = (Path(__file__).parents[2] / "docs" / "backward.md").read_text()
+    table = re.findall(r"^\| (\d+) \| (\d+), (\d+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert [int(row[0]) for row in table] == [8, 40, 64, 72, 128, 136, 256]
+    for head_dim, tile_head_dim, block_m, row_bytes, ratio in table:
+        tile = kernels.backward_tile(int(head_dim))
+        assert (tile["head_dim"], tile["block_m"]) == (int(tile_head_dim), int(block_m))
+        got = kernels.backward_scratch_bytes(1, 1280, 1, int(head_dim)) / 1280
+        assert abs(got - float(row_bytes)) < 0.006
+        assert abs(got / (2 * int(head_dim)) - float(ratio)) < 0.051
+
+
+@pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16])
+def test_autocast_casts_no_other_numbers(cast_to: torch.dtype) -> None:
+    """Dtypes whose elements are no plain values, and mixtures with them, are refused as without autocast."""
+    good = torch.ones(1, 8, 2, 64, dtype=torch.bfloat16)
+    for dtype in (
+        torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2,
+        torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float64,
+    ):  # fmt: skip
+        other = good.to(dtype)
+        for tensors in ((other, other, other), (other, good, good), (good, other, good), (good, good, other)):
+            sentences = []
+            for enabled in (False, True):
+                with torch.autocast("cpu", cast_to, enabled=enabled), pytest.raises(ValueError) as caught:
+                    flash_attn_func(*tensors)
+                sentences.append(str(caught.value))
+            assert sentences[0] == sentences[1] and str(dtype) in sentences[0]
+
+
+@pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16])
+def test_autocast_and_e4m3(cast_to: torch.dtype, seed: int) -> None:
+    """All e4m3: as without autocast. e4m3 beside 16 bits: refused, whichever it is."""
+    tensors = SQUARE.qkv(torch.bfloat16, seed)
+    codes = tuple(t.to(torch.float8_e4m3fn) for t in tensors)
+    descales = [torch.rand(2, 3) + 0.5 for _ in range(3)]
+    want = flash_attn_func(*codes, None, True, None, *descales)
+    with torch.autocast("cpu", cast_to):
+        assert torch.equal(flash_attn_func(*codes, None, True, None, *descales), want)
+    for position in range(3):
+        for one, others in ((codes, tensors), (tensors, codes)):
+            mixed = [*others]
+            mixed[position] = one[position]
+            with torch.autocast("cpu", cast_to), pytest.raises(ValueError, match="torch.float8_e4m3fn"):
+                flash_attn_func(*mixed)
+
+
+def test_autocast_casts_floats_of_16_and_32_bits(seed: int) -> None:
+    q, k, v = SQUARE.qkv(torch.float32, seed)
+    with torch.autocast("cpu", torch.float16):
+        got = flash_attn_func(q, k.bfloat16(), v.half())
+    assert torch.equal(got, flash_attn_func(q.half(), k.bfloat16().half(), v.half()))

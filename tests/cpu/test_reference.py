@@ -94,5 +94,5 @@ def test_distributions_are_what_they_say(distribution: str, seed: int) -> None:
 
 
 def test_unknown_distribution() -> None:
-    with pytest.raises(ValueError, match="distribution is 'cauchy'; pass one of normal"):
+    with pytest.raises(ValueError, match="distribution is 'cauchy'; it must be one of 'normal'"):
         random_qkv(1, 8, 8, 1, 1, 8, dtype=torch.float16, distribution="cauchy")

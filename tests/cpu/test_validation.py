@@ -35,7 +35,7 @@ def test_device() -> None:
 
 def test_no_tensors() -> None:
     q = tensor(1, 8, 2, 64)
-    refused(TypeError, "an attention input is a list", q, [1, 2], q)
+    refused(TypeError, r"^k is \[1, 2\]; it must be a torch.Tensor", q, [1, 2], q)
 
 
 @pytest.mark.parametrize(

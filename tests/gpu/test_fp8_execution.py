@@ -171,3 +171,89 @@ def test_empty_batch_and_no_queries(recipe: Fp8Recipe, seed: int) -> None:
         assert out.shape == q.shape and lse.shape == (q.shape[0], q.shape[2], q.shape[1])
         assert (out == 0).all()
         torch.cuda.synchronize()
+
+
+# Of tensors that are e4m3 already: the raw kernel, exact exponentials and P by its code.
+FIXED = dict(q_granularity="group", k_granularity="head", v_granularity="head")
+E4M3_RECIPES = {
+    "fa3": Fp8Recipe.fa3(),
+    "exact": Fp8Recipe(**FIXED),
+    "linear": Fp8Recipe(**FIXED, linear_exp2=True, p_offset=None, rescale_threshold=None),
+}
+e4m3_recipes = pytest.mark.parametrize("recipe", E4M3_RECIPES.values(), ids=E4M3_RECIPES)
+GROUPED = Case(2, 4, 2, 200, 300, 128)  # descales are (2, 2)
+
+
+def e4m3_qkv(seed: int) -> QKV:
+    q, k, v = (t.to(torch.float8_e4m3fn) for t in GROUPED.qkv(torch.float32, seed, "cuda"))
+    return q, k, v
+
+
+@e4m3_recipes
+@pytest.mark.parametrize("broken", [-0.75, -1e-30, float("-inf"), float("nan")])
+@pytest.mark.parametrize("name", ["q_descale", "k_descale"])
+def test_descales_of_q_and_k_that_are_no_scales(
+    name: str, broken: float, recipe: Fp8Recipe, seed: int
+) -> None:
+    """NaN in what reads the head, kernel and emulator alike; no other bit changes."""
+    q, k, v = e4m3_qkv(seed)
+    sound = torch.rand(2, 2, device="cuda") + 0.5
+    scales = sound.clone()
+    scales[1, 0] = broken
+    for backend in ("cuda", "emulator"):
+        options = dict(return_lse=True, recipe=recipe, backend=backend)
+        want_out, want_lse = flash_attn_func(q, k, v, **options, **{name: sound})
+        out, lse = flash_attn_func(q, k, v, **options, **{name: scales})
+        assert out[1, :, :2].isnan().all() and lse[1, :2].isnan().all(), backend
+        assert torch.equal(out[0], want_out[0]) and torch.equal(out[1, :, 2:], want_out[1, :, 2:]), backend
+        assert torch.equal(lse[0], want_lse[0]) and torch.equal(lse[1, 2:], want_lse[1, 2:]), backend
+    both = torch.full((2, 2), -1.0, device="cuda")
+    out = flash_attn_func(q, k, v, q_descale=both, k_descale=both, recipe=recipe)
+    assert out.isnan().all(), "not even where the signs would cancel"
+
+
+@e4m3_recipes
+def test_v_descale_has_any_sign(recipe: Fp8Recipe, seed: int) -> None:
+    q, k, v = e4m3_qkv(seed)
+    sizes = torch.rand(2, 2, device="cuda") + 0.5
+    sizes[0, 1] = 0.0
+    signs = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], device="cuda")
+    heads = torch.tensor([0, 0, 1, 1], device="cuda")  # the key/value head of each query head
+    for backend in ("cuda", "emulator"):
+        options = dict(return_lse=True, recipe=recipe, backend=backend)
+        want, want_lse = flash_attn_func(q, k, v, v_descale=sizes, **options)
+        out, lse = flash_attn_func(q, k, v, v_descale=sizes * signs, **options)
+        assert torch.equal(out, want * signs.bfloat16()[:, None, heads, None]), backend
+        assert torch.equal(lse, want_lse) and want[1].abs().max() > 0
+    broken = sizes.clone()
+    broken[1, 0] = float("nan")
+    out, lse = flash_attn_func(q, k, v, v_descale=broken, return_lse=True, recipe=recipe)
+    bare = flash_attn_func(q, k, v, v_descale=sizes, recipe=recipe)
+    assert out[1, :, :2].isnan().all() and lse.isfinite().all()
+    assert torch.equal(out[0], bare[0]) and torch.equal(out[1, :, 2:], bare[1, :, 2:])
+
+
+@e4m3_recipes
+def test_descales_are_not_waited_for(recipe: Fp8Recipe, seed: int) -> None:
+    q, k, v = e4m3_qkv(seed)
+    scales = torch.rand(2, 2, device="cuda") - 0.5
+    descales = dict(q_descale=scales, k_descale=scales, v_descale=scales)
+    assert_does_not_synchronise(lambda: flash_attn_func(q, k, v, **descales, recipe=recipe))
+
+
+@pytest.mark.parametrize("name", ["q_scale", "k_scale"])
+@every_recipe
+def test_negative_scales_of_quantized_tensors(recipe: Fp8Recipe, name: str, seed: int) -> None:
+    """In tensors put together by hand: NaN in the rows that a scale of Q belongs to, or the head of K."""
+    case = Case(1, 2, 2, 200, 300, 128)
+    qkv = quantize_qkv(*case.qkv(torch.bfloat16, seed, "cuda"), recipe)
+    scales = getattr(qkv, name).clone()
+    scales[0, 1] *= -1
+    negated = replace(qkv, **{name: scales})
+    want, want_lse = flash_attn_quantized_func(qkv, return_lse=True)
+    for backend in ("cuda", "emulator"):
+        out, lse = flash_attn_quantized_func(negated, return_lse=True, backend=backend)
+        assert out[0, :, 1].isnan().all() and lse[0, 1].isnan().all(), backend
+        assert out[0, :, 0].isfinite().all() and lse[0, 0].isfinite().all(), backend
+    out, lse = flash_attn_quantized_func(negated, return_lse=True)
+    assert torch.equal(out[0, :, 0], want[0, :, 0]) and torch.equal(lse[0, 0], want_lse[0, 0])
