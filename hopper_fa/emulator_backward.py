@@ -13,6 +13,7 @@ import torch
 from hopper_fa import kernels
 from hopper_fa.emulator import LOG2_E, log2_scale
 from hopper_fa.quantization import QuantizedQKV, rotate_back, rotation_signs
+from hopper_fa.reference import gradients_reference
 
 # Powers of two that codes of a type may be multiplied by in float16 and stay exact; bfloat16 takes all.
 _FP16_EXPONENTS = {"e4m3": (-15, 7), "int8": (-24, 9)}
@@ -190,6 +191,34 @@ def gradients_quantized_emulated(
         dk = dk + softmax_scale * from_q_mean
     dk, dv = (t.flatten(2, 3)[:, :, :seqlen_k].transpose(1, 2) for t in (dk, dv))
     return dq.flatten(1, 2).transpose(1, 2).to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def gradients_dequantized(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    qkv: QuantizedQKV,
+    softmax_scale: float,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The float64 gradients of textbook attention over the dequantised tensors: what a recipe's gradient is.
+
+    Args:
+        dout: gradient of out, (batch, seqlen_q, heads_q, head_dim). dlse: of lse, (batch, heads_q, seqlen_q);
+            None is zero.
+
+    Returns:
+        dq, dk, dv by the tensors before quantisation, straight through the rounding.
+    """
+    q, k, v = (t.double() for t in qkv.dequantize())
+    if qkv.recipe.rotation == "hadamard":
+        signs = rotation_signs(qkv.head_dim, qkv.recipe.rotation_seed)
+        q, k = rotate_back(q, signs), rotate_back(k, signs)
+    if qkv.q_mean is not None:
+        q = q + qkv.q_mean[:, None]
+    if qkv.k_mean is not None:
+        k = k + qkv.k_mean[:, None]
+    # NOTE: gradients_reference does not look at out and lse.
+    return gradients_reference(dout, dlse, q, k, v, dout, dout, softmax_scale, causal)
 
 
 def _split_scale(full: torch.Tensor, codes: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from hopper_fa.arguments import as_sizes, check_instance, check_tensor, check_tensors
 from hopper_fa.constants import constant
@@ -174,11 +175,14 @@ class QuantizedQKV:
         return QuantizedQKV.trusted(**vars(ours) | copies) if copies else ours
 
     def to_tensors(self) -> tuple[list[torch.Tensor], tuple[int, int, int, int]]:
-        """The tensors that there are, and (head_dim, seqlen_q, seqlen_k, bits that say which there are)."""
+        """The tensors that there are, and (head_dim, seqlen_q, seqlen_k, bits that say which there are).
+
+        NOTE: e4m3 as bytes: torch multiplies no float8, as its checks of operators do, and differentiates it.
+        """
         tensors = [getattr(self, name) for name in _TENSORS]
         present = sum(1 << i for i, t in enumerate(tensors) if t is not None)
         form = (self.head_dim, self.seqlen_q, self.seqlen_k, present)
-        return [t for t in tensors if t is not None], form
+        return [_as_bytes(t) for t in tensors if t is not None], form
 
     @staticmethod
     def from_tensors(
@@ -188,8 +192,13 @@ class QuantizedQKV:
         *sizes, present = form
         left = iter(tensors)
         named = {name: next(left) if present >> i & 1 else None for i, name in enumerate(_TENSORS)}
+        for name in ("q", "k", "v"):
+            t = named[name]
+            named[name] = t.view(torch.float8_e4m3fn) if t.dtype == torch.uint8 else t
         head_dim, seqlen_q, seqlen_k = sizes
-        return QuantizedQKV(**named, recipe=recipe, head_dim=head_dim, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        return QuantizedQKV.trusted(
+            **named, recipe=recipe, head_dim=head_dim, seqlen_q=seqlen_q, seqlen_k=seqlen_k
+        )
 
     def v_codes(self) -> torch.Tensor:
         """V as it was rounded, unscaled: (batch, seqlen_k, heads_kv, head_dim) float8_e4m3fn."""
@@ -206,6 +215,10 @@ class QuantizedQKV:
         k = self.k[..., : self.head_dim].float() * self.k_scale_of_keys().transpose(1, 2)[..., None]
         v = self.v_codes().float() * self.v_scale[:, None]
         return q, k, v if self.v_mean is None else v + self.v_mean[:, None]
+
+
+def _as_bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
 
 
 _TENSORS = tuple(field.name for field in fields(QuantizedQKV) if "Tensor" in str(field.type))
@@ -449,15 +462,19 @@ def from_fp8(
 @functools.lru_cache(maxsize=256)
 def sign_bits(head_dim: int, seed: int) -> bytes:
     """The rotation's signs, bit i of byte n set where that of channel 8 n + i is negative; 32 bytes."""
-    bits = sum(1 << i for i, sign in enumerate(rotation_signs(head_dim, seed).tolist()) if sign < 0)
+    # NOTE: vmap knows no random numbers, and these are the same for all of its elements.
+    with temporarily_clear_interpreter_stack():
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        signs = torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.int64, device="cpu")
+        bits = sum((1 - sign) << i for i, sign in enumerate(signs.tolist()))
     return bits.to_bytes(32, "little")
 
 
 def rotation_signs(head_dim: int, seed: int) -> torch.Tensor:
-    """The rotation's random signs: (head_dim,) float32 of +-1, the same on every machine."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    bits = torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.int64, device="cpu")
-    return bits.mul_(2).sub_(1).float()
+    """The rotation's random signs: (head_dim,) float32 of +-1 on the CPU, the same on every machine."""
+    bits = sign_bits(head_dim, seed)
+    signs = [1.0 - 2 * (bits[c // 8] >> c % 8 & 1) for c in range(head_dim)]
+    return torch.tensor(signs, dtype=torch.float32, device="cpu")
 
 
 def smooth_and_rotate(

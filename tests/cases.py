@@ -7,6 +7,7 @@ import torch
 from hopper_fa.accuracy import DTYPES as DTYPES
 from hopper_fa.accuracy import random_qkv, unfused_attention
 from hopper_fa.metrics import error_metrics
+from hopper_fa.quantization import QuantizedQKV
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.reference import attention_reference
 
@@ -123,6 +124,27 @@ def assert_accurate(
         assert ours[metric] <= allowed, f"{metric} {ours[metric]:.3e} exceeds {allowed:.3e} ({yardstick=})"
     assert lse.dtype == torch.float32 and lse.shape == ref_lse.shape
     torch.testing.assert_close(lse.double(), ref_lse, atol=1e-3, rtol=1e-6)
+
+
+def recipe_row_sums(
+    qkv: QuantizedQKV, lse: torch.Tensor, softmax_scale: float, causal: bool = False
+) -> torch.Tensor:
+    """What P of the backward sums to in every row: exact scores of the codes with the forward's LSE.
+
+    (batch, heads_q, seqlen_q) float64.
+    """
+    q, k, _ = (t.double() for t in qkv.dequantize())
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    scores = softmax_scale * torch.einsum("bshd,bthd->bhst", q, k)
+    if qkv.key_bias is not None:
+        scores = scores + softmax_scale * qkv.key_bias[:, :, None]
+    if causal:
+        rows, keys = scores.shape[-2:]
+        row = torch.arange(rows, device=q.device)[:, None]
+        hidden = torch.arange(keys, device=q.device) > row + keys - rows
+        scores = scores.masked_fill(hidden, float("-inf"))
+    shift = 0.0 if qkv.lse_shift is None else softmax_scale * qkv.lse_shift.double()
+    return (scores - (lse.double() - shift)[..., None]).exp().sum(-1)
 
 
 def random_gradients(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from hopper_fa import (
     kernels,
     ops,
 )
-from hopper_fa.emulator_backward import gradients_emulated
+from hopper_fa.emulator_backward import gradients_emulated, gradients_quantized_emulated
 from hopper_fa.emulator_fp8 import attention_fp8_emulated
 from hopper_fa.quantization import quantize_qkv
 
@@ -179,7 +179,8 @@ def test_opcheck(with_dlse: bool, packed: bool, seed: int) -> None:
     torch.library.opcheck(torch.ops.hopper_fa.forward.default, (leaves, *options, None))
     tensors = [t.detach() for t in leaves]
     arguments = (dout.transpose(1, 2).contiguous().transpose(1, 2), dlse if with_dlse else None)
-    torch.library.opcheck(torch.ops.hopper_fa.backward.default, (*arguments, tensors, out, lse, *options))
+    arguments = (*arguments, tensors, out, lse, *options, None)
+    torch.library.opcheck(torch.ops.hopper_fa.backward.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -298,8 +299,9 @@ def test_fp8_is_straight_through(dtype: torch.dtype, seed: int) -> None:
     tensors = SQUARE.qkv(dtype, seed)
     dout, dlse = random_gradients(tensors[0])
     recipe = Fp8Recipe.default()
-    out, lse = attention_fp8_emulated(quantize_qkv(*tensors, recipe), 0.2, True, dtype)
-    want = gradients_emulated(dout, dlse, *tensors, out, lse, 0.2, True)
+    qkv = quantize_qkv(*tensors, recipe)
+    out, lse = attention_fp8_emulated(qkv, 0.2, True, dtype)
+    want = gradients_quantized_emulated(dout, dlse, qkv, out, lse, 0.2, True)
     leaves = leaves_of(tensors)
     results = flash_attn_func(*leaves, 0.2, True, recipe=recipe, return_lse=True)
     assert_same(torch.autograd.grad(results, leaves, (dout, dlse)), want)
@@ -314,7 +316,7 @@ def test_fp8_is_straight_through(dtype: torch.dtype, seed: int) -> None:
 def test_bad_gradients_are_named(seed: int) -> None:
     q, k, v = CASES[0].qkv(torch.bfloat16, seed)
     out, lse = flash_attn_func(q, k, v, return_lse=True)
-    options = (None, False, False, None)
+    options = (None, False, False, None, None)
     backward = torch.ops.hopper_fa.backward
     with pytest.raises(ValueError, match="dout is torch.float32 of shape"):
         backward(q.float(), None, [q, k, v], out, lse, *options)
