@@ -115,7 +115,10 @@ def as_float(name: str, value: Any, optional: bool = False) -> float | None:
             return math.inf if value > 0 else -math.inf
     if isinstance(value, _SYMBOLIC):
         return value
-    how = "pass its .item(), which has no gradient" if isinstance(value, Tensor) else "pass a float"
+    how = "pass a float"
+    if isinstance(value, Tensor):
+        how = "pass its .item(), or for its gradient multiply q by it and pass softmax_scale=1.0"
+        how = how if name == "softmax_scale" else "pass its .item(), which has no gradient"
     raise TypeError(f"{name} is {shown(value)}; it must be a real number{' or None' * optional}; {how}.")
 
 

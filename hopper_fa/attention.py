@@ -376,6 +376,10 @@ def quantize_qkv(
         RuntimeError: the kernels were to run, but the device is not a Hopper GPU, or this build holds none
             for the dtype.
     """
+    check_tensors(("q", "k", "v"), (q, k, v))
+    if recipe is not None:
+        check_instance("recipe", recipe, Fp8Recipe, "pass Fp8Recipe.default(), another preset or None")
+    backend = None if backend is None else as_text("backend", backend, backends.BACKENDS)
     return backends.run_quantize(q, k, v, recipe, backend)
 
 

@@ -225,7 +225,7 @@ def _split_scale(full: torch.Tensor, codes: str, dtype: torch.dtype) -> tuple[to
     """full as a factor times a power of two that codes of that type can be multiplied by in `dtype`."""
     lowest, highest = _FP16_EXPONENTS[codes] if dtype == torch.float16 else (-100, 100)
     bits = full.view(torch.int32) >> 23 & 255
-    power = torch.ldexp(torch.ones_like(full), (bits - 127).clamp(lowest, highest))
+    power = ((bits - 127).clamp(lowest, highest) + 127 << 23).view(torch.float32)
     return full / power, power
 
 

@@ -36,7 +36,6 @@ from hopper_fa.transforms import (
     fold,
     over_batched,
     refuse_jvp,
-    refuse_learned_scale,
     refuse_shared_scales,
     refuse_tangents,
     refuse_transforms,
@@ -70,8 +69,6 @@ def forward(
     Raises:
         NotImplementedError: a derivative is wanted that is not built; see `transforms`.
     """
-    if isinstance(softmax_scale, Tensor):
-        refuse_learned_scale(softmax_scale)
     if recipe is not None and _wants_gradient(tensors):
         check_differentiable(recipe, backend, tensors[0].device)
     if not _goes_around(tensors):
@@ -667,8 +664,6 @@ def forward_e4m3(
     recipe: Fp8Recipe | None,
 ) -> tuple[Tensor, Tensor]:
     """`forward` of tensors that are float8_e4m3fn, see `quantization.from_fp8`: out in bfloat16, and lse."""
-    if isinstance(softmax_scale, Tensor):
-        refuse_learned_scale(softmax_scale)
     inputs = (*tensors, *(t for t in descales if t is not None))
     around = _goes_around(inputs)
     if not around:
@@ -727,8 +722,6 @@ def forward_quantized(
     Raises:
         NotImplementedError: a derivative is wanted, or a transform of torch.func or vmap is under way.
     """
-    if isinstance(softmax_scale, Tensor):
-        refuse_learned_scale(softmax_scale)
     scales = (qkv.q_scale, qkv.k_scale, qkv.v_scale)
     tensors = (qkv.q, qkv.k, qkv.v, *scales, qkv.v_mean, qkv.lse_shift, qkv.key_bias)
     present = tuple(t for t in tensors if t is not None)

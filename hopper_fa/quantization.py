@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from hopper_fa.arguments import as_sizes, check_instance, check_tensor, check_tensors
+from hopper_fa.arguments import as_sizes, check_instance, check_tensor, check_tensors, shown
 from hopper_fa.constants import constant
 from hopper_fa.kernels import MAX_HEAD_DIM
 from hopper_fa.recipe import E4M3_MAX, INT8_MAX, K_BLOCK, Q_BLOCK, Fp8Recipe
@@ -416,6 +416,11 @@ def from_fp8(
     check_tensors(("q", "k", "v"), (q, k, v))
     recipe = _FA3 if recipe is None else recipe
     check_instance("recipe", recipe, Fp8Recipe, "change a copy of Fp8Recipe.fa3(), or pass None")
+    if transpose_v is not None and not callable(transpose_v):
+        raise TypeError(
+            f"transpose_v is {shown(transpose_v)}; it must be a function of V, or None for torch operations; "
+            "pass None."
+        )
     for name in () if recipe is _FA3 else _FIXED_OF_E4M3:
         if getattr(recipe, name) != getattr(_FA3, name):
             raise ValueError(

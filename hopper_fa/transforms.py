@@ -30,20 +30,6 @@ def refuse_jvp(*_: Any) -> NoReturn:
     )
 
 
-def refuse_learned_scale(softmax_scale: object) -> None:
-    """Raise NotImplementedError if softmax_scale is a tensor that has a derivative or is mapped by vmap."""
-    if not isinstance(softmax_scale, Tensor):
-        return
-    wants_gradient = softmax_scale.requires_grad and torch.is_grad_enabled()
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor(softmax_scale)
-    if wants_gradient or transformed or forward_ad.unpack_dual(softmax_scale).tangent is not None:
-        raise NotImplementedError(
-            "softmax_scale is a tensor that wants a derivative, or that vmap maps; it must be one number "
-            "without; pass softmax_scale=1.0 and q multiplied by the tensor, whose derivative then comes "
-            "through q."
-        )
-
-
 def refuse_shared_scales(recipe: Fp8Recipe | None, what: str) -> None:
     """Raise NotImplementedError if `recipe` has a scale for a whole tensor, which is another one in a call.
 

@@ -174,13 +174,15 @@ def nan_if_negative(name: str, scale: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: a scale on a CPU is negative.
     """
-    if type(scale) is torch.Tensor and scale.device.type == "cpu" and (scale < 0).any():
-        raise ValueError(
-            f"{name} has the negative element {scale.min().item():g}; it must be at least 0; move the "
-            "sign into the tensor that it scales."
-        )
-    # NOTE: torch.where would copy its number to the GPU, and wait.
-    return scale.masked_fill(scale < 0, float("nan"))
+    if type(scale) is torch.Tensor and scale.device.type == "cpu":
+        if (scale < 0).any():
+            raise ValueError(
+                f"{name} has the negative element {scale.min().item():g}; it must be at least 0; move the "
+                "sign into the tensor that it scales."
+            )
+        return scale
+    # NOTE: one launch. What is at most the largest negative float32 becomes NaN, and NaN stays.
+    return torch.threshold(scale, -(2.0**-149), float("nan"))
 
 
 def check_out_dtype(dtype: torch.dtype) -> None:

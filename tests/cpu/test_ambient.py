@@ -296,6 +296,11 @@ def seen_by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         seen.extend(tensors_of(qkv).values())
         outputs[0].zero_(), outputs[1].zero_()
 
+    def backward_quantized(dout, qkv, out, lse, dlse, *others) -> None:
+        seen.extend((dout, out, lse, dlse, *tensors_of(qkv).values()))
+        for gradient in others[:3]:
+            gradient.zero_()
+
     def quantize(x: torch.Tensor) -> torch.Tensor:
         x = aligned(x)
         seen.append(x)
@@ -307,6 +312,7 @@ def seen_by_kernels(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     monkeypatch.setattr(kernels, "forward", forward)
     monkeypatch.setattr(kernels, "backward", backward)
     monkeypatch.setattr(kernels, "forward_fp8", forward_fp8)
+    monkeypatch.setattr(kernels, "backward_quantized", backward_quantized)
     for name in ("resolve", "resolve_fp8"):
         monkeypatch.setattr(backend, name, lambda name, device: "cuda")
     return seen

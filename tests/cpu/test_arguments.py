@@ -91,7 +91,9 @@ NO_FLOATS = (INTEGERS, INTEGERS.bool(), INTEGERS.to(torch.complex64))
 
 FIELDS = {field.name: getattr(QKV, field.name) for field in fields(QuantizedQKV)}
 SIZES = {name: ((*NO_INTEGER, None), TypeError) for name in ("head_dim", "seqlen_q", "seqlen_k")}
-OPTIONAL_TENSORS = {name: (NO_TENSOR, TypeError) for name in ("v_mean", "lse_shift", "key_bias")}
+OPTIONAL_TENSORS = {
+    name: (NO_TENSOR, TypeError) for name in ("v_mean", "lse_shift", "key_bias", "q_mean", "k_mean")
+}
 SIX = {name: (TENSOR, TypeError) for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale")}
 
 Rows = dict[str, tuple[tuple[Any, ...], type[Exception]]]
@@ -130,12 +132,16 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], Rows]] = {
             "backend": (NO_TEXT, TypeError),
         },
     ),
-    "quantize_qkv": (hopper_fa.quantize_qkv, dict(q=Q, k=Q, v=Q), THREE | {"recipe": (NO_RECIPE, TypeError)}),
+    "quantize_qkv": (
+        hopper_fa.quantize_qkv,
+        dict(q=Q, k=Q, v=Q),
+        THREE | {"recipe": (NO_RECIPE, TypeError), "backend": (NO_TEXT, TypeError)},
+    ),
     "from_fp8": (
         quantization.from_fp8,
         dict(q=CODES, k=CODES, v=CODES),
         THREE
-        | {"recipe": (NO_RECIPE, TypeError)}
+        | {"recipe": (NO_RECIPE, TypeError), "transpose_v": ((3, "v", Q), TypeError)}
         | {name: (NO_TENSOR, TypeError) for name in ("q_descale", "k_descale", "v_descale")},
     ),
     "merge_attention": (
@@ -335,9 +341,7 @@ def test_arguments_that_are_none(nothing_runs: None) -> None:
 
 
 def test_meta_and_sparse_tensors() -> None:
-    meta = Q.to("meta")
-    with pytest.raises(RuntimeError, match="q, k, v are on meta"):
-        hopper_fa.flash_attn_func(meta, meta, meta)
+    assert hopper_fa.flash_attn_func(*(Q.to("meta"),) * 3).is_meta
     with pytest.raises(ValueError, match="^k has layout torch.sparse_coo; it must be .*; call k.to_dense"):
         hopper_fa.flash_attn_func(Q, Q.to_sparse(), Q, backend="emulator")
 
