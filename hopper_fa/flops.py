@@ -64,7 +64,7 @@ def _register(counter: ModuleType) -> None:
         shapes = [(batch, seqlen, heads_q, head_dim) for seqlen in (seqlen_q, seqlen_k, seqlen_k)]
         return counter.sdpa_flop_count(*_heads_first(shapes))
 
-    @counter.register_flop_formula(ops.backward)
+    @counter.register_flop_formula([ops.backward, ops.backward_by_recipe])
     def backward_flop(
         dout: Sequence[int], dlse: Any, qkv: list[Sequence[int]], *_: Any, out_shape: Any = None, **__: Any
     ) -> int:

@@ -260,7 +260,7 @@ def _gradients(
     inputs = (dout, dlse, out, lse, *tensors)
     if transformed or _is_transformed():
         return _TransformedGradients.apply(*ctx.options, *inputs)
-    if level := batched_level():
+    if level := batched_level(dout, dlse):
         run = functools.partial(_TransformedGradients.apply, *ctx.options)
         return over_batched(run, inputs, level)
     return _run_gradients(dout, dlse, tensors, out, lse, *ctx.options)
@@ -286,7 +286,7 @@ def _gradients_of_codes(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> S
         return _run_backward_quantized(*arguments)
 
     inputs = (dout, dlse, out, lse, *codes)
-    if level := batched_level():
+    if level := batched_level(dout, dlse):
         return over_batched(run, inputs, level)
     return run(*inputs)
 
@@ -308,7 +308,7 @@ def _run_gradients(
     arguments = (dout, dlse, tensors, out, lse, *options)
     # Graphs of graphs (create_graph=True) meet the operator, which says that there is no second derivative.
     if torch.is_grad_enabled() or not _goes_around((dout, *tensors)):
-        return torch.ops.hopper_fa.backward(*arguments)
+        return _call_backward(*arguments)
     return _run_backward(*arguments)
 
 
@@ -407,25 +407,34 @@ def _forward_vmap(
     return (unfold(out, size), unfold(lse, size)), (0, 0)
 
 
-@torch.library.custom_op(
-    "hopper_fa::backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor[] qkv, Tensor out, Tensor lse, float? softmax_scale, "
-    "bool causal, bool deterministic, str? backend, str? recipe) -> Tensor[]",
+_BACKWARD = (
+    "Tensor dout, Tensor? dlse, Tensor[] qkv, Tensor out, Tensor lse, float? softmax_scale, bool causal, "
+    "bool deterministic, str? backend"
 )
+
+
+# NOTE: two operators, because the schema of the first stays what compiled code of others' caches expects.
+@torch.library.custom_op("hopper_fa::backward", mutates_args=(), schema=f"({_BACKWARD}) -> Tensor[]")
 def _backward_op(
-    dout: Tensor,
-    dlse: Tensor | None,
-    qkv: list[Tensor],
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float | None,
-    causal: bool,
-    deterministic: bool,
-    backend: str | None,
-    recipe: str | None,
+    dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], out: Tensor, lse: Tensor, *options: Any
 ) -> list[Tensor]:
-    return _run_backward(dout, dlse, qkv, out, lse, softmax_scale, causal, deterministic, backend, recipe)
+    return _run_backward(dout, dlse, qkv, out, lse, *options, None)
+
+
+@torch.library.custom_op(
+    "hopper_fa::backward_by_recipe", mutates_args=(), schema=f"({_BACKWARD}, str recipe) -> Tensor[]"
+)
+def _backward_by_recipe_op(
+    dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], out: Tensor, lse: Tensor, *options: Any
+) -> list[Tensor]:
+    return _run_backward(dout, dlse, qkv, out, lse, *options)
+
+
+def _call_backward(*arguments: Any) -> list[Tensor]:
+    """The operator for these arguments, of which the last is the recipe's text or None."""
+    if arguments[-1] is None:
+        return torch.ops.hopper_fa.backward(*arguments[:-1])
+    return torch.ops.hopper_fa.backward_by_recipe(*arguments)
 
 
 def _run_backward(
@@ -436,7 +445,6 @@ def _run_backward(
     return run_backward(dout, dlse, qkv, out, lse, *others, parsed)
 
 
-@_backward_op.register_fake
 def _backward_fake(dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], *_: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in qkv]
 
@@ -452,21 +460,22 @@ def _refuse_second_derivative(grads: Sequence[Tensor | None]) -> None:
 
 def _backward_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     _refuse_second_derivative(grads)
-    return None, None, [None] * ctx.tensors, *(None,) * 7
+    return None, None, [None] * ctx.tensors, *(None,) * (ctx.inputs - 3)
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.tensors = len(output)
+    ctx.tensors, ctx.inputs = len(output), len(inputs)
     ctx.set_materialize_grads(False)
 
 
-_backward_op.register_autograd(_backward_gradient, setup_context=_setup_backward_context)
-
-
-@_backward_op.register_vmap
-@_disable_dynamo
 def _backward_vmap(
-    info: Any, in_dims: tuple[Any, ...], dout: Tensor, dlse: Tensor | None, qkv: list[Tensor], *others: Any
+    op: Any,
+    info: Any,
+    in_dims: tuple[Any, ...],
+    dout: Tensor,
+    dlse: Tensor | None,
+    qkv: list[Tensor],
+    *others: Any,
 ) -> tuple[list[Tensor], list[int]]:
     size = info.batch_size
     dout, dlse, out, lse = (
@@ -474,8 +483,14 @@ def _backward_vmap(
         for t, dim in zip((dout, dlse, *others[:2]), (*in_dims[:2], *in_dims[3:5]), strict=True)
     )
     qkv = [fold(t, dim, size) for t, dim in zip(qkv, in_dims[2], strict=True)]
-    gradients = torch.ops.hopper_fa.backward(dout, dlse, qkv, out, lse, *others[2:])
+    gradients = op(dout, dlse, qkv, out, lse, *others[2:])
     return [unfold(t, size) for t in gradients], [0] * len(gradients)
+
+
+for _op in (_backward_op, _backward_by_recipe_op):
+    _op.register_fake(_backward_fake)
+    _op.register_autograd(_backward_gradient, setup_context=_setup_backward_context)
+    _op.register_vmap(_disable_dynamo(functools.partial(_backward_vmap, _op._opoverload)))
 
 
 @torch.library.custom_op(

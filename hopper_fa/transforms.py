@@ -84,11 +84,18 @@ def unfold(t: Tensor, size: int) -> Tensor:
     return t.unflatten(0, (size, t.shape[0] // size))
 
 
-def batched_level() -> int:
-    """The level of the vmap in which torch.autograd.grad(is_grads_batched=True) runs a backward; 0: none."""
+def batched_level(*gradients: Tensor | None) -> int:
+    """The level of the vmap in which torch.autograd.grad(is_grads_batched=True) runs a backward; 0: none.
+
+    Args:
+        gradients: of the outputs, of which one has the hidden dimension if there is such a vmap.
+    """
+    if not any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in gradients):
+        return 0
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    return level
+    # NOTE: a CUDA device's backward runs in a thread of its own, which does not know of the vmap.
+    return max(1, level)
 
 
 def over_batched(

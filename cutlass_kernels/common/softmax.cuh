@@ -124,12 +124,20 @@ struct OnlineSoftmax {
       int best[2];
       max_bits<true>(s, best);
       rescale = any_outgrows(__int_as_float(best[0]), __int_as_float(best[1]), lag, lag);
+#if HFE
+      if (__builtin_expect(rescale, 0)) finish_max(s, best, row_max, new_max);
+#else
       if (rescale) finish_max(s, best, row_max, new_max);
+#endif
     } else {
       thread_max(s, row_max, new_max);
       if constexpr (!kFirst) rescale = any_outgrows(new_max[0], new_max[1], lag, lag);
     }
+#if HFE
+    if (__builtin_expect(rescale, kFirst)) {
+#else
     if (rescale) {
+#endif
       quad_max(new_max);
       float allowed[2] = {0, 0};
       if constexpr (!kFirst) {

@@ -179,7 +179,7 @@ def test_opcheck(with_dlse: bool, packed: bool, seed: int) -> None:
     torch.library.opcheck(torch.ops.hopper_fa.forward.default, (leaves, *options, None))
     tensors = [t.detach() for t in leaves]
     arguments = (dout.transpose(1, 2).contiguous().transpose(1, 2), dlse if with_dlse else None)
-    arguments = (*arguments, tensors, out, lse, *options, None)
+    arguments = (*arguments, tensors, out, lse, *options)
     torch.library.opcheck(torch.ops.hopper_fa.backward.default, arguments)
 
 
@@ -316,7 +316,7 @@ def test_fp8_is_straight_through(dtype: torch.dtype, seed: int) -> None:
 def test_bad_gradients_are_named(seed: int) -> None:
     q, k, v = CASES[0].qkv(torch.bfloat16, seed)
     out, lse = flash_attn_func(q, k, v, return_lse=True)
-    options = (None, False, False, None, None)
+    options = (None, False, False, None)
     backward = torch.ops.hopper_fa.backward
     with pytest.raises(ValueError, match="dout is torch.float32 of shape"):
         backward(q.float(), None, [q, k, v], out, lse, *options)

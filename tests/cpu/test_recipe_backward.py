@@ -189,7 +189,7 @@ def test_opcheck(recipe: str, seed: int) -> None:
         arguments = (dout, dlse, out, lse, codes, list(form), text, packing, *options)
         torch.library.opcheck(torch.ops.hopper_fa.backward_quantized.default, arguments)
     arguments = (dout, None, [q, k, v], out, lse, *options, text)
-    torch.library.opcheck(torch.ops.hopper_fa.backward.default, arguments)
+    torch.library.opcheck(torch.ops.hopper_fa.backward_by_recipe.default, arguments)
 
 
 def test_codes_come_back_from_tensors(seed: int) -> None:

@@ -25,6 +25,7 @@ from public_calls import (
 )
 
 from hopper_fa import Fp8Recipe, error_metrics, flash_attn_func, kernels, merge_attention, quantize_kernels
+from hopper_fa.quantization import sign_bits
 from hopper_fa.tensor_core import probe_operands
 
 # Head dims that are no power of two, and more than 32 key blocks where O is flushed to scratch.
@@ -81,7 +82,7 @@ def test_kernels_do_not_read_defaults(
     want = results_of(calls)
     # What the first call leaves for the later ones is made under the defaults too.
     monkeypatch.setattr(kernels, "_WORKSPACES", {})
-    quantize_kernels._sign_bits.cache_clear()
+    sign_bits.cache_clear()
     with ambient(what):
         got = results_of(calls)
         torch.cuda.synchronize()

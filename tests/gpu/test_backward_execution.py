@@ -235,9 +235,7 @@ def test_operator_contract(causal: bool, seed: int) -> None:
     torch.library.opcheck(torch.ops.hopper_fa.forward.default, (tensors, scale, causal, True, None, None))
     tensors = [t.detach() for t in tensors]
     options = (scale, causal, True, None)
-    torch.library.opcheck(
-        torch.ops.hopper_fa.backward.default, (dout, dlse, tensors, out, lse, *options, None)
-    )
+    torch.library.opcheck(torch.ops.hopper_fa.backward.default, (dout, dlse, tensors, out, lse, *options))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
