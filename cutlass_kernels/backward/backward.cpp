@@ -51,7 +51,8 @@ bool has_backward(DType dtype, int tile) { return find(dtype, tile) != nullptr; 
 BackwardWorkspace backward_workspace(int tile, int batch, int seqlen_q, int heads_q) {
   BackwardTile const& t = kBackwardTiles[tile];
   int64_t const blocks = int64_t(batch) * heads_q * ceil_div(seqlen_q, t.block_m);
-  return {blocks * t.block_m * t.head_dim, blocks * t.block_m * (t.factors == Factors::kNone ? 2 : 3), blocks * 2};
+  return {blocks * t.block_m * t.head_dim, blocks * t.block_m * (t.factors == Factors::kNone ? 2 : 3),
+          blocks * 2};
 }
 
 Status run_backward(BackwardParams const& p, CUstream_st* stream) {

@@ -88,7 +88,8 @@ struct WidenGrid {
 inline WidenGrid make_widen_grid(BackwardArguments const& args, int batch, int heads_kv) {
   int64_t const pieces = ceil_div(args.head_dim, 16);  // of 16 codes, a row
   auto const ctas = [&](int64_t rows) { return int((rows * pieces + kWidenThreads - 1) / kWidenThreads); };
-  return {ctas(int64_t(batch) * args.seqlen_q * args.heads_q), ctas(int64_t(batch) * args.seqlen_k * heads_kv),
+  return {ctas(int64_t(batch) * args.seqlen_q * args.heads_q),
+          ctas(int64_t(batch) * args.seqlen_k * heads_kv),
           batch * heads_kv * ceil_div(args.seqlen_k, kWidenKeys) * ceil_div(args.head_dim, kWidenChannels)};
 }
 
@@ -111,7 +112,8 @@ __device__ __forceinline__ void widen_codes(uint4 const& codes, DType dtype, flo
 
 // Rows of Q (kQueries) or K: thread by thread 16 columns.
 template <class Element, bool kQueries>
-__device__ __forceinline__ void widen_rows(BackwardArguments const& args, int cta, int batch_size, int heads) {
+__device__ __forceinline__ void widen_rows(BackwardArguments const& args, int cta, int batch_size,
+                                           int heads) {
   int const seqlen = kQueries ? args.seqlen_q : args.seqlen_k;
   int const pieces = (args.head_dim + 15) / 16;
   int64_t const index = int64_t(cta) * kWidenThreads + threadIdx.x;
@@ -121,10 +123,12 @@ __device__ __forceinline__ void widen_rows(BackwardArguments const& args, int ct
   int const head = row % heads;
   int64_t const token = row / heads;
   int const at = token % seqlen, batch = token / seqlen;
-  float const full = kQueries ? full_row_factor(args, batch, head, at) : k_scale_of(args.codes, batch, head, at);
+  float const full =
+      kQueries ? full_row_factor(args, batch, head, at) : k_scale_of(args.codes, batch, head, at);
   uint4 const codes = static_cast<uint4 const*>(kQueries ? args.codes.q : args.codes.k)[index];
   uint4 out[2];
-  widen_codes<Element>(codes, args.codes.dtype, power_of_two(code_exponent<Element>(full, args.codes.dtype)), out);
+  widen_codes<Element>(codes, args.codes.dtype, power_of_two(code_exponent<Element>(full, args.codes.dtype)),
+                       out);
   Strided const& to = kQueries ? args.wide_q : args.wide_k;
   auto* const place = reinterpret_cast<uint4*>(to.row(batch, head, at) + column);
   place[0] = out[0];
@@ -147,7 +151,8 @@ __device__ __forceinline__ void widen_v(BackwardArguments const& args, int cta, 
   int const in_tile = threadIdx.x % kWidenChannels, channel = first_channel + in_tile;
   if (channel < args.head_dim) {
     float const scale = args.codes.v_scale[int64_t(head_batch) * args.head_dim + channel];
-    float const mean = args.codes.v_mean ? args.codes.v_mean[int64_t(head_batch) * args.head_dim + channel] : 0.f;
+    float const mean =
+        args.codes.v_mean ? args.codes.v_mean[int64_t(head_batch) * args.head_dim + channel] : 0.f;
     auto const* const from = static_cast<uint8_t const*>(args.codes.v) +
                              (int64_t(head_batch) * args.codes.v_channels + channel) * keys_pitch + first_key;
     for (int group = threadIdx.x / kWidenChannels; group < kWidenKeys / kKeyGroup;

@@ -44,8 +44,8 @@ __device__ __forceinline__ void store_key_gradient(BackwardArguments const& args
     factor = 0.693147180559945309f / shared.key_factor;
     if (args.codes.rotated) rotate_back(x, args.head_dim, args.codes.signs);
   }
-  store_rows<typename Traits::Element>(kOfK ? args.dk : args.dv, shared.tile.batch, shared.tile.head, first_key,
-                                       args.seqlen_k, args.head_dim, x, factor);
+  store_rows<typename Traits::Element>(kOfK ? args.dk : args.dv, shared.tile.batch, shared.tile.head,
+                                       first_key, args.seqlen_k, args.head_dim, x, factor);
 }
 
 }  // namespace hopper_fa

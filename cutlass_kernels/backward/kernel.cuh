@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     init_barriers<Traits>(shared);
     shared.tile = KeyTile::get(args, Traits::kBlockM, Traits::kBlockN);
     if constexpr (Traits::kQuantized)
-      shared.key_factor = key_factor<Traits>(args.codes, shared.tile.n_block, shared.tile.head, shared.tile.batch);
+      shared.key_factor =
+          key_factor<Traits>(args.codes, shared.tile.n_block, shared.tile.head, shared.tile.batch);
   }
   __syncthreads();
 

@@ -187,8 +187,8 @@ class KeysMainloop {
   template <int kPart>
   __device__ __forceinline__ void make_probabilities(int m, int q_slot) {
     auto part = make_tensor(s_.data() + kPartSize * kPart, Layout<Int<kPartSize>>{});
-    probabilities<Traits>(args_, shared_, tile_.n_block * kBlockN + 64 * warpgroup_,
-                          m, kPartQueries * kPart, q_slot, part);
+    probabilities<Traits>(args_, shared_, tile_.n_block * kBlockN + 64 * warpgroup_, m, kPartQueries * kPart,
+                          q_slot, part);
   }
 
   __device__ __forceinline__ void issue_s() {

@@ -78,7 +78,8 @@ class SplitMainloop {
       if constexpr (!Traits::kQuantized) arrive_warp(shared_.q_empty[q_slot]);
       EmptyBarrier::wait(&shared_.p_empty, phase_ ^ 1);
       if constexpr (Traits::kQuantized) {
-        // NOTE: the rows' factors of dS by way of P, because the other warpgroup has no registers left for them.
+        // NOTE: the rows' factors of dS by way of P, because the other warpgroup has no registers left for
+        // them.
         put_scaled_chunk<Traits::kRowFactors>(scores, shared_.factor[q_slot], shared_.p);
         arrive_warp(shared_.q_empty[q_slot]);
       } else {

@@ -72,10 +72,11 @@ __global__ void __launch_bounds__(kRowThreads) prepare_rows(__grid_constant__ Ba
   }
 }
 
-// A chunk of dQ's sum into a fragment from `first` on, where it exists: else no key is seen by any of the rows.
+// A chunk of dQ's sum into a fragment from `first` on, where it exists: else no key is seen by any of the
+// rows.
 template <class Traits, class Fragment>
-__device__ __forceinline__ void read_sum(BackwardArguments const& args, int64_t block, int chunk, Fragment& dq,
-                                         int first) {
+__device__ __forceinline__ void read_sum(BackwardArguments const& args, int64_t block, int chunk,
+                                         Fragment& dq, int first) {
   float4 const* const sum =
       reinterpret_cast<float4 const*>(args.dq_sum + (block * Traits::kChunks + chunk) * kChunk) + threadIdx.x;
   bool exists = true;
@@ -122,7 +123,8 @@ __global__ void __launch_bounds__(128) finish_quantized_dq(__grid_constant__ Bac
           for (int i = 0; i < 2; ++i) dq(4 * octet + 2 * r + i) += dlse * mean[8 * octet + i];
     }
   }
-  store_rows<typename Traits::Element>(args.dq, batch, head, first_row, args.seqlen_q, args.head_dim, dq, 1.f);
+  store_rows<typename Traits::Element>(args.dq, batch, head, first_row, args.seqlen_q, args.head_dim, dq,
+                                       1.f);
 }
 
 // dQ = softmax_scale times its sum. One warpgroup a chunk.

@@ -53,8 +53,8 @@ __device__ __forceinline__ void issue_dq(typename Traits::Element const* ds,
                 thread.make_fragment_B(thread.partition_B(b)), dq, false);
 }
 
-// S to P in place: 64 keys from first_key on by up to 64 queries from `first` on of query block m, whose Q is in
-// the stage q_slot.
+// S to P in place: 64 keys from first_key on by up to 64 queries from `first` on of query block m, whose Q is
+// in the stage q_slot.
 template <class Traits, class Scores>
 __device__ __forceinline__ void probabilities(BackwardArguments const& args,
                                               typename Traits::SharedStorage const& shared, int first_key,

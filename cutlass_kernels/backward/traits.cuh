@@ -140,10 +140,11 @@ struct BackwardTraits {
     alignas(16) float bias[kTile.q_stages][kBlockM], delta[kTile.do_stages][kBlockM];
     alignas(16) float factor[kQuantized ? kTile.q_stages : 0][kBlockM];
     float key_factor;  // kQuantized: what the codes of the CTA's keys still lack (backward/codes.cuh)
-    KeyTile tile;  // NOTE: read where needed: the copying warps have 24 registers
+    KeyTile tile;      // NOTE: read where needed: the copying warps have 24 registers
     uint64_t k_full, v_full;
     uint64_t q_full[kTile.q_stages], q_empty[kTile.q_stages];
-    uint64_t rows_full[kTile.q_stages];  // kQuantized: factors, and delta unless kSplit, before warp 1 scales them
+    uint64_t
+        rows_full[kTile.q_stages];  // kQuantized: factors, and delta unless kSplit, before warp 1 scales them
     uint64_t do_full[kTile.do_stages], do_empty[kTile.do_stages];
     uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
     uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit, kDqApart

@@ -89,15 +89,16 @@ __device__ __forceinline__ void finish_max(Scores const& s, int const (&best)[2]
 
 // 16-bit inputs: one scale for all scores. kMaxBits: whether a thread's maxima are of integers first.
 //
-// Lazy rescaling (FlashAttention-4's idea): P is relative to row_max, which follows the true maximum only when
-// it must. The factor between the two cancels in the final division. The rounding of P does not: at the true
-// maximum P is exactly 1 if row_max is that maximum, and rounded otherwise. So row_max lags only where the
-// largest P is too small a part of its row's sum for its rounding to count.
+// Lazy rescaling (FlashAttention-4's idea): P is relative to row_max, which follows the true maximum only
+// when it must. The factor between the two cancels in the final division. The rounding of P does not: at the
+// true maximum P is exactly 1 if row_max is that maximum, and rounded otherwise. So row_max lags only where
+// the largest P is too small a part of its row's sum for its rounding to count.
 template <int kFmaOctets, bool kMaxBits, int kPeakBits>
 struct OnlineSoftmax {
   float row_max[2] = {-INFINITY, -INFINITY};  // what P is relative to
   float row_sum[2] = {0, 0};                  // of this thread's columns only, until finish()
-  // Log2 growth that moves neither row's row_max: no more than either row's allowed_lag.
+  // Log2 growth that moves neither row's row_max: no more than either row's allowed_lag. NOTE: 0 at first, so
+  // a tile's second block computes it; to do so behind the first block is 2% slower at d64.
   float lag = 0;
   float scale_log2;  // softmax_scale * log2(e), not negative
   float threshold;   // most log2 growth of the maximum that row_max does not follow
@@ -124,20 +125,12 @@ struct OnlineSoftmax {
       int best[2];
       max_bits<true>(s, best);
       rescale = any_outgrows(__int_as_float(best[0]), __int_as_float(best[1]), lag, lag);
-#if HFE
-      if (__builtin_expect(rescale, 0)) finish_max(s, best, row_max, new_max);
-#else
       if (rescale) finish_max(s, best, row_max, new_max);
-#endif
     } else {
       thread_max(s, row_max, new_max);
       if constexpr (!kFirst) rescale = any_outgrows(new_max[0], new_max[1], lag, lag);
     }
-#if HFE
-    if (__builtin_expect(rescale, kFirst)) {
-#else
     if (rescale) {
-#endif
       quad_max(new_max);
       float allowed[2] = {0, 0};
       if constexpr (!kFirst) {
@@ -178,13 +171,10 @@ struct OnlineSoftmax {
     }
   }
 
-  // After a tile's first block. NOTE: without it the second block would come to the slow path for nothing.
-  __device__ __forceinline__ void allow_lag() { lag = fminf(allowed_lag(0), allowed_lag(1)); }
-
  private:
-  // How far above row_max, in log2, a maximum may be: until its P is 2^-kPeakBits of the row's sum so far, and
-  // no further than the threshold.
-  // NOTE: the logarithm is linear between powers of two, so that it never falls while the sum grows.
+  // How far above row_max, in log2, a maximum may be: until its P is 2^-kPeakBits of the row's sum so far,
+  // and no further than the threshold. NOTE: the logarithm is linear between powers of two, so that it never
+  // falls while the sum grows.
   __device__ __forceinline__ float allowed_lag(int r) const {
     int const bits = __float_as_int(quad_sum(row_sum[r]));
     float const log2_part = fmaf(static_cast<float>(bits), 0x1p-23f, -127.f - kPeakBits);

@@ -13,11 +13,6 @@ enum class PingPong { kNever, kAfterQK, kAfterPV };
 // (8-bit only).
 enum class Store { kPlain, kQStage, kPlace };
 
-#ifndef HOPPER_FA_PEAK_BITS
-#define HOPPER_FA_PEAK_BITS 1
-#endif
-constexpr int kPeakBits = HOPPER_FA_PEAK_BITS;
-
 struct ForwardTile {
   char const* variant;      // users run "default" and, with 8-bit inputs, those that begin with fp8
   int head_dim;             // largest head dim the instance takes; smaller ones are zero-padded by the loads
@@ -44,7 +39,7 @@ struct ForwardTile {
   bool flush = false;
   // 16-bit only: O is rescaled too where a new maximum's P is 2^-peak_bits of the row's sum or more, as its
   // rounding counts then.
-  int peak_bits = kPeakBits;
+  int peak_bits = 1;
 };
 
 constexpr ForwardTile kForwardTiles[] = {
@@ -84,8 +79,8 @@ constexpr ForwardTile kForwardTiles[] = {
     {"one_q_stage", 128, 128, 128, 1, 6, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"wide", 128, 128, 192, 1, 4, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
     {"wide", 256, 128, 96, 1, 3, 24, 240, PingPong::kAfterPV, true, 0, 8.0f},
-    {"eager_rescale", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, -1.0f},
-    {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, -1.0f, 2, 0, Store::kQStage},
+    {"eager_rescale", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 0.0f},
+    {"eager_rescale", 128, 128, 128, 2, 5, 24, 240, PingPong::kAfterPV, true, 0, 0.0f, 2, 0, Store::kQStage},
     {"fma_exp2", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 1, 8.0f},
     {"early_pass", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterQK, true, 0, 8.0f},
     {"plain_store", 64, 192, 128, 2, 10, 32, 160, PingPong::kAfterPV, true, 0, 8.0f},

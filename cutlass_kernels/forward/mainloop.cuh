@@ -153,12 +153,7 @@ class Mainloop {
     tile_ = tile;
     pending_ = started_ = true;
     accumulate_ = false;
-    if (n > 0) {
-#if HFL
-      softmax_.allow_lag();
-#endif
-      wait_block();
-    }
+    if (n > 0) wait_block();
     if constexpr (kPending) release_output();
     // NOTE: through a shuffle; else ptxas computes the descriptors of Q in vector registers, 19 R2UR a turn.
     if constexpr (kTmaStore) q_slot_ = __shfl_sync(~0u, q_slot, 0);

@@ -72,7 +72,7 @@ EXPERIMENT_CASES += [(2, 4, 1, 799, 239), (1, 2, 1, 300, 0)]
         (row["variant"], row["head_dim"], dtype)
         for row in kernels.BACKWARD_TILES
         for dtype in row["dtypes"]
-        if row["variant"] != "default"
+        if row["variant"] != "default" and not row["quantized"]
     ],
 )
 def test_experiment_variants(

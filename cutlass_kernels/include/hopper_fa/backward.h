@@ -11,18 +11,18 @@ namespace hopper_fa {
 // The 8-bit tensors of a forward, for its backward. Codes are exact in 16 bits, so the products are those of
 // 16-bit inputs, and the scales act on the scores in FP32: P is the forward's.
 struct BackwardCodes {
-  DType dtype;         // of q and k: kE4M3 or kInt8; v is e4m3
-  void const *q, *k;   // (batch, seqlen, heads, head_dim rounded up to 16), contiguous
-  void const* v;       // (batch, heads_kv, channels, seqlen_k rounded up to 16), permuted as in Fp8Params
-  int v_channels;      // rows of a head of v
-  ScaleRef q_scale;    // groups of q_group_rows rows
-  ScaleRef k_scale;    // groups of k_group_rows keys: a multiple of 128, or all
+  DType dtype;        // of q and k: kE4M3 or kInt8; v is e4m3
+  void const *q, *k;  // (batch, seqlen, heads, head_dim rounded up to 16), contiguous
+  void const* v;      // (batch, heads_kv, channels, seqlen_k rounded up to 16), permuted as in Fp8Params
+  int v_channels;     // rows of a head of v
+  ScaleRef q_scale;   // groups of q_group_rows rows
+  ScaleRef k_scale;   // groups of k_group_rows keys: a multiple of 128, or all
   int q_group_rows, k_group_rows;
   float const *v_scale, *v_mean;  // (batch, heads_kv, head_dim); v_mean may be null
   // (batch, heads_q, seqlen_q): of every row, what was taken from its scores before softmax_scale, but is in
   // lse; and (batch, heads_kv, head_dim): its derivative by q. Null: nothing was.
   float const *lse_shift, *k_mean;
-  bool rotated;       // q and k are, by these signs (QuantizeRowsParams)
+  bool rotated;  // q and k are, by these signs (QuantizeRowsParams)
   uint8_t signs[32];
 };
 
@@ -44,8 +44,8 @@ struct BackwardParams {
   int* turns;
   int batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim;
   float softmax_scale;
-  bool causal;         // bottom-right aligned
-  bool deterministic;  // dQ is summed in a fixed order. dK and dV always are
+  bool causal;                 // bottom-right aligned
+  bool deterministic;          // dQ is summed in a fixed order. dK and dV always are
   BackwardCodes const* codes;  // for tiles with factors, else null
 };
 

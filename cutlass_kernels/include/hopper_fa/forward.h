@@ -9,7 +9,8 @@ namespace hopper_fa {
 
 constexpr int kForwardWorkspaceInts = 2;
 
-// What 8-bit inputs need besides; no scale is negative. Then v of ForwardParams is V transposed, (batch, heads_kv, tile's head dim
+// What 8-bit inputs need besides; no scale is negative. Then v of ForwardParams is V transposed, (batch,
+// heads_kv, tile's head dim
 // + 1, keys), keys contiguous, permuted in groups of 16, a row of ones after the channels
 // (hopper_fa/quantization.py, QuantizedQKV): its row_stride is that of channels.
 struct Fp8Params {
