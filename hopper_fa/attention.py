@@ -197,10 +197,9 @@ def flash_attn_func(
         TypeError, ValueError: an input the kernels do not take, found before anything is launched.
         RuntimeError: no backend can run the call (device is not Hopper, instance not built, a recipe that the
             FP8 kernels do not know).
-        NotImplementedError: an argument asks for what is not built yet; an input carries a tangent, or
-            softmax_scale wants a gradient; vmap or DTensors meet a recipe with a scale for a whole tensor; a
-            DTensor is sharded otherwise; from backward(), a second derivative or a gradient of
-            float8_e4m3fn tensors was asked for.
+        NotImplementedError: an argument asks for what is not built yet; an input carries a tangent; vmap or
+            DTensors meet a recipe with a scale for a whole tensor; a DTensor is sharded otherwise; from
+            backward(), a second derivative or a gradient of float8_e4m3fn tensors was asked for.
     """
     # NOTE: nothing is compared before its type is known: to compare an array or a tensor may run anything.
     # fmt: off
@@ -372,6 +371,7 @@ def quantize_qkv(
             "auto". None: the environment variable HOPPER_FA_BACKEND, or "auto".
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: dtypes, devices or shapes that do not fit; float32 for the kernels; unknown backend.
         RuntimeError: the kernels were to run, but the device is not a Hopper GPU, or this build holds none
             for the dtype.

@@ -247,7 +247,7 @@ def _checked_fields(qkv: QuantizedQKV) -> dict[str, Any]:
         if getattr(qkv, name).ndim != 4:
             raise ValueError(
                 f"{name} has shape {tuple(getattr(qkv, name).shape)}; it must be (batch, seqlen, heads, "
-                "pitch); use quantize_qkv or from_fp8."
+                "head_dim or more); use quantize_qkv or from_fp8."
             )
     (batch, _, heads_q, _), heads_kv = qkv.q.shape, qkv.k.shape[2]
     if heads_kv == 0 or heads_q == 0 or heads_q % heads_kv:
