@@ -35,6 +35,8 @@ EXPERIMENTS = {  # flag: (script, seconds it may take, what it does)
     "memory": ("memory.py", 90, "peak memory"),
     "overhead": ("overhead.py", 60, "CPU time of a call"),
     "quantize": ("quantize_speed.py", 120, "quantisation beside a device copy"),
+    "recipe_backward": ("recipe_backward.py", 60, "the backward of recipes beside the 16-bit one"),
+    "peaked_rows": ("peaked_rows.py", 120, "rounding of peaked rows beside FlashAttention-2"),
 }
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 9
@@ -138,6 +140,12 @@ ORDERED_BY_BARRIERS = [
     # before, and arrive on its empty barrier after.
     {"SM90_BULK_COPY_G2S::copy", "probabilities"},
     {"SM90_BULK_COPY_G2S::copy", "KeysMainloop::half_step"},
+    # Factors and delta of query rows, scaled in place by a warp between two full barriers.
+    {"SM90_BULK_COPY_G2S::copy", "scale_rows_by_keys"},
+    {"scale_rows_by_keys", "probabilities"},
+    {"scale_rows_by_keys", "KeysMainloop::half_step"},
+    {"scale_rows_by_keys", "put_scaled_chunk"},
+    {"SM90_BULK_COPY_G2S::copy", "put_scaled_chunk"},
     # The scales of a tile's rows and the place of K's, between Q's empty and full barriers, as Q itself.
     {"Loader::store_scales", "Fp8Mainloop::read_q_scales"},
     {"Loader::store_scales", "Fp8Mainloop::run"},

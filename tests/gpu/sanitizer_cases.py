@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hopper_fa import Fp8Recipe, flash_attn_func, kernels, quantization, quantize_kernels
+from hopper_fa.emulator_backward import gradients_dequantized
 from hopper_fa.metrics import error_metrics
 from hopper_fa.reference import attention_reference, gradients_reference
 from hopper_fa.token_stats import sampled_tokens
@@ -128,10 +129,45 @@ def run_quantization(options: argparse.Namespace, generator: torch.Generator) ->
     return runs
 
 
+def run_recipe_backward(options: argparse.Namespace, generator: torch.Generator) -> int:
+    """The backward of two recipes, with a factor a block of queries and a factor a row, in both modes."""
+    runs = 0
+    recipes = {"int8": Fp8Recipe.default(), "e4m3": Fp8Recipe.causal_safe()}
+    for head_dim in options.head_dim or [40, 64, 128, 256]:
+        for name, recipe in recipes.items():
+            if name not in (options.dtype or [name]):
+                continue
+            for batch, heads_q, heads_kv, seqlen_q, seqlen_k in PROBLEMS:
+                sizes = [(seqlen_q, heads_q), (seqlen_k, heads_kv), (seqlen_k, heads_kv)]
+                q, k, v = (
+                    torch.randn((batch, s, h, head_dim), generator=generator, device="cuda").bfloat16()
+                    for s, h in sizes
+                )
+                for causal in (False, True):
+                    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+                    results = flash_attn_func(
+                        *leaves, causal=causal, deterministic=causal, return_lse=True, recipe=recipe
+                    )
+                    given = tuple(torch.randn_like(t) for t in results)
+                    got = torch.autograd.grad(results, leaves, given)
+                    qkv = quantize_kernels.quantize_qkv(q, k, v, recipe)
+                    want = gradients_dequantized(*given, qkv, head_dim**-0.5, causal)
+                    for which, gradient, truth in zip(("dq", "dk", "dv"), got, want, strict=True):
+                        error = (gradient - truth).norm().item()
+                        if not error <= 0.05 * truth.norm().item() + 1e-3 * truth.numel() ** 0.5:
+                            raise SystemExit(
+                                f"{which} of {name} d{head_dim} {tuple(q.shape)} on {seqlen_k} keys is off by "
+                                f"{error:.2e} of {truth.norm().item():.2e}"
+                            )
+                    runs += 1
+    return runs
+
+
 FAMILIES: dict[str, Callable[[argparse.Namespace, torch.Generator], int]] = {
     "forward": partial(run_attention, "forward", kernels.FORWARD_TILES, check_forward),
     "backward": partial(run_attention, "backward", kernels.BACKWARD_TILES, check_backward),
     "quantize": run_quantization,
+    "recipe_backward": run_recipe_backward,
 }
 
 
