@@ -158,7 +158,7 @@ ORDERED_BY_BARRIERS = [
 
 def accessing_function(line: str) -> str:
     """The function in one of racecheck's lines, without namespace, template arguments and parameters."""
-    name = line.partition(" access at ")[2].partition(" in ")[0]
+    name = line.partition(" access at ")[2].partition("::[lambda")[0].partition(" in ")[0]
     while (shorter := re.sub(r"<[^<>]*>|\([^()]*\)", "", name)) != name:
         name = shorter
     name = re.sub(r"\+0x[0-9a-f]+.*", "", name).split()[-1]

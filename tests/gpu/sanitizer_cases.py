@@ -156,7 +156,7 @@ def run_recipe_backward(options: argparse.Namespace, generator: torch.Generator)
                         error = (gradient - truth).norm().item()
                         if not error <= 0.05 * truth.norm().item() + 1e-3 * truth.numel() ** 0.5:
                             raise SystemExit(
-                                f"{which} of {name} d{head_dim} {tuple(q.shape)} on {seqlen_k} keys is off by "
+                                f"{which} of {name} {tuple(q.shape)} on {seqlen_k} keys is off by "
                                 f"{error:.2e} of {truth.norm().item():.2e}"
                             )
                     runs += 1
