@@ -157,8 +157,16 @@ ORDERED_BY_BARRIERS = [
 
 
 def accessing_function(line: str) -> str:
-    """The function in one of racecheck's lines, without namespace, template arguments and parameters."""
-    name = line.partition(" access at ")[2].partition("::[lambda")[0].partition(" in ")[0]
+    """The function in one of racecheck's lines, without namespace, template arguments and parameters.
+
+    Of a lambda that is a template the function that it stands in.
+    """
+    access = line.partition(" access at ")[2].partition(" in ")[0]
+    name = _bare_name(access)
+    return _bare_name(access.partition("::[lambda")[0]) if name == "const" else name
+
+
+def _bare_name(name: str) -> str:
     while (shorter := re.sub(r"<[^<>]*>|\([^()]*\)", "", name)) != name:
         name = shorter
     name = re.sub(r"\+0x[0-9a-f]+.*", "", name).split()[-1]

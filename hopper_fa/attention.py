@@ -159,8 +159,9 @@ def flash_attn_func(
 
     In FP8, which is not exact: with a recipe, bfloat16 and float16 tensors are quantised by it inside the
     call; tensors that are float8_e4m3fn already are used as they are, times their descales. The gradient of a
-    recipe is straight-through: that of exact attention of the unquantised tensors, computed in their dtype,
-    with the FP8 call's out and lse in place of the exact ones. float8_e4m3fn tensors have no gradient.
+    recipe is that of attention over the dequantised tensors, straight through the rounding: the backward
+    computes in 16 bits on the forward's codes, which it keeps in place of q, k and v, so its probabilities
+    are the forward's. float8_e4m3fn tensors have no gradient.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), bfloat16, float16 or float8_e4m3fn, head_dim a multiple of 8

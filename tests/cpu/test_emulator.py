@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import ALL_CASES, DTYPES, Case, assert_accurate, in_nan
 
-from hopper_fa import emulator
+from hopper_fa import attention_reference, emulator, error_metrics
 from hopper_fa.accuracy import DISTRIBUTIONS
 from hopper_fa.emulator import attention_emulated, exp2_polynomial
 
@@ -130,3 +130,18 @@ def test_speed(seed: int) -> None:
     finally:
         torch.set_num_threads(threads)
     assert seconds < 5
+
+
+@pytest.mark.parametrize("deviation", [3, 10])
+def test_peaked_rows_are_as_accurate_as_with_eager_rescaling(deviation: int, seed: int) -> None:
+    """A maximum whose P is a large part of its row's sum is followed, so that this P is exactly 1."""
+    q, k, v = Case(heads_q=4, heads_kv=4, seqlen_q=128, seqlen_k=2048, head_dim=64).qkv(torch.float32, seed)
+    q, k, v = ((deviation * t).bfloat16() for t in (q, k, v))
+    truth = attention_reference(q, k, v)[0]
+
+    def rmse(**options: float) -> float:
+        return error_metrics(attention_emulated(q, k, v, **options)[0], truth)["rmse"]
+
+    eager = rmse(rescale_threshold=0.0)
+    assert rmse() < 1.02 * eager
+    assert rmse(peak_bits=-20) > 1.08 * eager  # the maximum may lag by 2**8 whatever the row's sum is
