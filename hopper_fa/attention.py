@@ -149,7 +149,8 @@ def flash_attn_func(
     Differentiable once, through out and lse, with respect to q, k and v. Under autocast float32, bfloat16 and
     float16 inputs become the autocast dtype; others are treated as without autocast.
     NOTE: the backward takes scratch while it runs: of a query row 264 bytes up to head dim 64, 520 up to 128
-    and 1032 above, and of the last rows a whole block of 128 or 64 (`kernels.backward_scratch_bytes`).
+    and 1032 above, and of the last rows a whole block of 128 or 64 (`kernels.backward_scratch_bytes`); with a
+    recipe 4 bytes a row more, and Q, K and V in 16 bits.
 
     Under torch's machinery: vmap folds its dimension into the batch (what is not mapped is repeated, where
     the batch is more than 1). torch.func.grad, vjp and jacrev work; forward mode is refused. DTensors may be
@@ -160,8 +161,8 @@ def flash_attn_func(
     In FP8, which is not exact: with a recipe, bfloat16 and float16 tensors are quantised by it inside the
     call; tensors that are float8_e4m3fn already are used as they are, times their descales. The gradient of a
     recipe is that of attention over the dequantised tensors, straight through the rounding: the backward
-    computes in 16 bits on the forward's codes, which it keeps in place of q, k and v, so its probabilities
-    are the forward's. float8_e4m3fn tensors have no gradient.
+    computes in 16 bits on the forward's codes, so its probabilities are the forward's. Eager calls keep the
+    codes in place of q, k and v; compiled ones quantise again. float8_e4m3fn tensors have no gradient.
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), bfloat16, float16 or float8_e4m3fn, head_dim a multiple of 8
@@ -179,8 +180,8 @@ def flash_attn_func(
         backend: "auto" (the CUDA kernels), "cuda", "emulator" (their arithmetic in torch, slow, any device)
             or "reference" (float64, slow; with a recipe it still takes the tensors unquantised). None: the
             environment variable HOPPER_FA_BACKEND, or "auto". In FP8 the kernels run what
-            `kernels.fp8_problem` has nothing against, the emulator every recipe. The backward runs on
-            the same.
+            `kernels.fp8_problem` has nothing against, with a gradient also
+            `kernels.quantized_backward_problem`; the emulator every recipe. The backward runs on the same.
         recipe: compute in FP8, by this recipe. For float8_e4m3fn tensors None means Fp8Recipe.fa3(), and see
             `quantization.from_fp8` for what another may change.
         q_descale, k_descale, v_descale: of float8_e4m3fn tensors: (batch, heads_kv) float32, what to multiply
@@ -199,8 +200,9 @@ def flash_attn_func(
         RuntimeError: no backend can run the call (device is not Hopper, instance not built, a recipe that the
             FP8 kernels do not know).
         NotImplementedError: an argument asks for what is not built yet; an input carries a tangent; vmap or
-            DTensors meet a recipe with a scale for a whole tensor; a DTensor is sharded otherwise; from
-            backward(), a second derivative or a gradient of float8_e4m3fn tensors was asked for.
+            DTensors meet a recipe with a scale for a whole tensor; a DTensor is sharded otherwise; a gradient
+            is wanted by a recipe with smooth_q or a scale a key, on the kernels; from backward(), a second
+            derivative or a gradient of float8_e4m3fn tensors was asked for.
     """
     # NOTE: nothing is compared before its type is known: to compare an array or a tensor may run anything.
     # fmt: off

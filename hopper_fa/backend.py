@@ -178,13 +178,14 @@ def quantize_inputs(
     return quantize(q, k, v, recipe)
 
 
-def check_differentiable(recipe: Fp8Recipe, backend: str | None, device: torch.device) -> None:
+def check_differentiable(recipe: Fp8Recipe, backend: str | None) -> None:
     """Raise NotImplementedError if the backend has no gradient for calls by the recipe."""
     problem = kernels.quantized_backward_problem(recipe)
     if problem is not None and _asked_for(backend) in ("auto", "cuda"):
         raise NotImplementedError(
-            f"a gradient by the recipe {recipe} was asked for; the backward kernels take {problem}; change "
-            f'it, call under torch.no_grad(), or ask for the slow emulation with backend="emulator" or '
+            f"a gradient by a recipe with smooth_q {recipe.smooth_q} and k_granularity "
+            f"{recipe.k_granularity!r} was asked for; the backward kernels take {problem}; change it, "
+            f'call under torch.no_grad(), or ask for the slow emulation with backend="emulator" or '
             f"{ENVIRONMENT_VARIABLE}=emulator."
         )
 
@@ -222,7 +223,7 @@ def run_backward_quantized(
         NotImplementedError: see `check_differentiable`.
     """
     check_backward(dout, dlse, out, out, lse)
-    check_differentiable(qkv.recipe, backend, out.device)
+    check_differentiable(qkv.recipe, backend)
     dout, out, lse = resolved(dout), resolved(out), resolved(lse)
     dlse = None if dlse is None else resolved(dlse)
     if softmax_scale is None:

@@ -3,11 +3,10 @@
 That is every score, also those that a causal mask hides, and no difference between 16 and 8 bits.
 """
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -36,13 +35,15 @@ class _AtImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
+            # NOTE: not before, as a spec may be looked for by somebody who then imports nothing.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             execute(module)
             _register(module)
 

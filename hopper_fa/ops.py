@@ -60,17 +60,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (as q, contiguous) and lse (batch, heads_q, seqlen_q) float32, by the operator or around it.
 
-    With a recipe in FP8, and the gradient is that of the unquantised attention.
+    With a recipe in FP8; the gradient is that of attention over the dequantised tensors.
 
     NOTE: the operators' dispatch costs more CPU time than everything else in a call
     (tests/cpu/test_call_overhead.py), so plain eager calls go around it. Whatever has to see the operator
     (torch.compile, dispatch modes, tensor subclasses, meta tensors) does.
 
     Raises:
-        NotImplementedError: a derivative is wanted that is not built; see `transforms`.
+        NotImplementedError: a derivative is wanted that is not built; see `transforms` and
+            `backend.check_differentiable`.
     """
     if recipe is not None and _wants_gradient(tensors):
-        check_differentiable(recipe, backend, tensors[0].device)
+        check_differentiable(recipe, backend)
     if not _goes_around(tensors):
         if _has_dtensor(tensors):
             from hopper_fa.sharding import over_shards

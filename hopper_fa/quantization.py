@@ -157,7 +157,13 @@ class QuantizedQKV:
         if self.is_resolved:
             return self
         tensors = {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
-        return QuantizedQKV.trusted(**vars(self) | {name: resolved(t) for name, t in tensors.items()})
+        return self._with({name: resolved(t) for name, t in tensors.items()})
+
+    def _with(self, changed: dict[str, torch.Tensor]) -> "QuantizedQKV":
+        """A copy with other tensors, and without what this one has cached."""
+        return QuantizedQKV.trusted(
+            **{field.name: getattr(self, field.name) for field in fields(self)} | changed
+        )
 
     def contiguous(self) -> "QuantizedQKV":
         """This, or a copy of it whose tensors are contiguous, resolved and start at multiples of 16 bytes."""
@@ -172,7 +178,7 @@ class QuantizedQKV:
             for name, t in tensors.items()
             if t is not None and not sound(t)
         }
-        return QuantizedQKV.trusted(**vars(ours) | copies) if copies else ours
+        return ours._with(copies) if copies else ours
 
     def to_tensors(self) -> tuple[list[torch.Tensor], tuple[int, int, int, int]]:
         """The tensors that there are, and (head_dim, seqlen_q, seqlen_k, bits that say which there are).

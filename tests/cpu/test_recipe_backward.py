@@ -57,7 +57,7 @@ def leaves_of(*tensors: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("recipe", EVERY_RECIPE)
 def test_peaked_scores(recipe: str, deviation: int, seed: int) -> None:
     """Scores of that standard deviation; the wider, the more rows see one key only."""
-    case = Case(heads_q=4, heads_kv=2, seqlen_q=128, seqlen_k=300, head_dim=(64, 128)[seed % 2])
+    case = Case(heads_q=4, heads_kv=2, seqlen_q=384, seqlen_k=300, head_dim=(64, 128)[seed % 2])
     q, k, v = case.qkv(torch.float32, seed)
     q, k, v = (t.bfloat16() for t in (q * deviation**0.5, k * deviation**0.5, v))
     dout, _ = random_gradients(q)
@@ -66,7 +66,8 @@ def test_peaked_scores(recipe: str, deviation: int, seed: int) -> None:
     out, lse = attention_fp8_emulated(qkv, scale)
     got = gradients_quantized_emulated(dout, None, qkv, out, lse, scale)
     for gradient, truth in zip(got, gradients_dequantized(dout, None, qkv, scale), strict=True):
-        assert relative_l2(gradient, truth) < 5e-2
+        # The few rows that see two keys alike are nearly all of the norm, so this scatters.
+        assert relative_l2(gradient, truth) < (5e-2 if recipe in FP8_PRESETS else 8e-2)
     rows = recipe_row_sums(qkv, lse, scale)
     assert (rows - 1).abs().max() < 0.06 and abs(rows.mean().item() - 1) < 5e-3
 
@@ -251,15 +252,14 @@ def test_second_derivatives_are_refused(seed: int) -> None:
 
 @pytest.mark.parametrize("recipe", KEY_VECTORS)
 def test_recipes_without_a_backward_kernel_are_refused_before_anything_runs(recipe: str, seed: int) -> None:
-    cuda = torch.device("cuda", 0)
     for name in ("cuda", "auto"):
         with pytest.raises(
             NotImplementedError, match="the backward kernels take no smooth_q, and k_granularity"
         ):
-            backends.check_differentiable(KEY_VECTORS[recipe], name, cuda)
-    backends.check_differentiable(KEY_VECTORS[recipe], "emulator", cuda)
+            backends.check_differentiable(KEY_VECTORS[recipe], name)
+    backends.check_differentiable(KEY_VECTORS[recipe], "emulator")
     leaves = leaves_of(*Case().qkv(torch.bfloat16, seed))
-    with pytest.raises(NotImplementedError, match="a gradient by the recipe"):
+    with pytest.raises(NotImplementedError, match="a gradient by a recipe with smooth_q"):
         flash_attn_func(*leaves, recipe=KEY_VECTORS[recipe], backend="cuda")
     with torch.no_grad(), pytest.raises(RuntimeError, match="the kernels run on Hopper GPUs"):
         flash_attn_func(*leaves, recipe=KEY_VECTORS[recipe], backend="cuda")

@@ -65,7 +65,8 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> int:
         raise AssertionError("a kernel was launched")
 
-    for name in ("forward", "forward_fp8", "backward"):
+    quantisation = ("token_stats", "quantize_rows", "quantize_v")
+    for name in ("forward", "forward_fp8", "backward", "backward_quantized", *quantisation):
         monkeypatch.setattr(kernels._C, name, refuse)
 
 
