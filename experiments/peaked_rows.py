@@ -46,7 +46,9 @@ def compare(dtype: str, head_dim: int, deviation: float, seqlen: int, elements: 
     shape, seen = (1, seqlen, 16, head_dim), 0
     while seen < elements:
         q, k, v = (
-            (deviation * torch.randn(shape, generator=generator, device="cuda")).to(DTYPES[dtype])
+            (deviation * torch.randn(shape, generator=generator, dtype=torch.float32, device="cuda")).to(
+                DTYPES[dtype]
+            )
             for _ in range(3)
         )
         truth = float64(q, k, v)

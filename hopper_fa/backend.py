@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from hopper_fa import emulator, emulator_backward, emulator_fp8, kernels, quantize_kernels, reference
-from hopper_fa.quantization import QuantizedQKV, check_quantizable, from_fp8, quantize_qkv, sign_bits
+from hopper_fa.quantization import (
+    PITCH,
+    QuantizedQKV,
+    check_quantizable,
+    from_fp8,
+    quantize_qkv,
+    sign_bits,
+)
 from hopper_fa.recipe import Fp8Recipe
 from hopper_fa.validation import (
     check_backward,
@@ -223,6 +230,14 @@ def run_backward_quantized(
         NotImplementedError: see `check_differentiable`.
     """
     check_backward(dout, dlse, out, out, lse)
+    batch, seqlen_q, heads_q, width = qkv.q.shape
+    whole = -(-qkv.head_dim // PITCH) * PITCH
+    if out.shape != (batch, seqlen_q, heads_q, qkv.head_dim) or not width == qkv.k.shape[3] == whole:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and the codes of q and k {width} and {qkv.k.shape[3]} columns; "
+            f"they must be {(batch, seqlen_q, heads_q, qkv.head_dim)} and {whole}; pass what the forward "
+            "returned and what quantize_qkv made."
+        )
     check_differentiable(qkv.recipe, backend)
     dout, out, lse = resolved(dout), resolved(out), resolved(lse)
     dlse = None if dlse is None else resolved(dlse)

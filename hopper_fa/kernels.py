@@ -223,8 +223,8 @@ def backward_scratch_bytes(
         rows * (4 * tile_head_dim + 8) + 8 * rows / block_m
 
     That is dQ in FP32, two FP32 numbers a row, and two int32 a query block. The quantized variants take one
-    FP32 number a row more, and `backward_quantized` besides Q, K and V in 16 bits. NOTE: the tile decides, not
-    the call: its head dim is 64 up to 64, 128 up to 128 and 256 above, its block_m 128, 64 and 64.
+    FP32 number a row more, and `backward_quantized` besides Q, K and V in 16 bits. NOTE: the tile decides,
+    not the call: its head dim is 64 up to 64, 128 up to 128 and 256 above, its block_m 128, 64 and 64.
 
     Raises:
         ValueError: the table has no such row.

@@ -35,7 +35,7 @@ bool codes_fit(BackwardParams const& p) {
   BackwardTile const& t = kBackwardTiles[p.tile];
   if (!p.codes) return t.factors == Factors::kNone;
   BackwardCodes const& c = *p.codes;
-  bool const rows = p.batch > 0 && p.seqlen_q > 0, keys = p.batch > 0 && p.seqlen_k > 0;
+  bool const rows = p.batch > 0 && p.heads_q > 0 && p.seqlen_q > 0, keys = p.batch > 0 && p.seqlen_k > 0;
   bool const blocks = c.q_group_rows % 64 == 0 || c.q_group_rows >= p.seqlen_q;
   return (t.factors == Factors::kRow || (t.factors == Factors::kBlock && blocks)) && is_8bit(c.dtype) &&
          c.q_group_rows > 0 && c.k_group_rows > 0 &&

@@ -41,7 +41,8 @@ __device__ __forceinline__ void store_key_gradient(BackwardArguments const& args
                                                    int first_key, Gradient& x) {
   float factor = kOfK ? args.softmax_scale : 1.f;
   if constexpr (Traits::kQuantized && kOfK) {
-    factor = 0.693147180559945309f / shared.key_factor;
+    // NOTE: keys that no row sees have a gradient of 0, whatever their scale.
+    factor = shared.tile.walk.count == 0 ? 0.f : 0.693147180559945309f / shared.key_factor;
     if (args.codes.rotated) rotate_back(x, args.head_dim, args.codes.signs);
   }
   store_rows<typename Traits::Element>(kOfK ? args.dk : args.dv, shared.tile.batch, shared.tile.head,

@@ -33,7 +33,7 @@ struct BackwardArguments {
   CUtensorMap q, k, v, dout;
   Strided out, dout_rows, dq, dk, dv;
   float const *lse, *dlse;
-  float *bias, *delta;  // of every query row, padded to whole blocks: see preprocess.cuh
+  float *bias, *delta;  // of every query row, padded to whole blocks: see rows.cuh
   float* dq_sum;        // (batch, heads_q, m_blocks, chunks), chunks of kChunk floats in fragment order
   int* turns;           // (batch, heads_q, m_blocks, warpgroups); null: not deterministic
   int seqlen_q, seqlen_k, head_dim, heads_q, q_heads_per_kv;
@@ -149,6 +149,8 @@ struct BackwardTraits {
     uint64_t dq_full[kWarpgroups], dq_empty[kWarpgroups];
     uint64_t p_full, p_empty, ds_full[kTile.ds_stages], ds_empty[kTile.ds_stages];  // kSplit, kDqApart
   };
+  // Quantized, delta comes with Q.
+  static_assert(!kQuantized || kSplit || kTile.q_stages <= kTile.do_stages);
   static constexpr int kSharedBytes = backward_shared_memory(kTile);
   // 1023: the most that aligning the base can cost.
   static_assert(offsetof(SharedStorage, ds_empty) + sizeof(SharedStorage::ds_empty) + 1023 <= kSharedBytes);

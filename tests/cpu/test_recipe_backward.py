@@ -193,6 +193,20 @@ def test_opcheck(recipe: str, seed: int) -> None:
     torch.library.opcheck(torch.ops.hopper_fa.backward_by_recipe.default, arguments)
 
 
+def test_codes_and_output_that_do_not_fit_are_refused(seed: int) -> None:
+    q, k, v = Case(seqlen_q=20, seqlen_k=20).qkv(torch.bfloat16, seed)
+    qkv = quantize_qkv(q, k, v)
+    out, lse = attention_fp8_emulated(qkv)
+    codes, form = qkv.to_tensors()
+    others = (list(form), qkv.recipe.to_text(), 3, None, False, False, "emulator")
+    backward = torch.ops.hopper_fa.backward_quantized
+    with pytest.raises(ValueError, match=r"^out has shape \(1, 10, 2, 64\)"):
+        backward(q[:, :10], None, out[:, :10], lse[..., :10].contiguous(), codes, *others)
+    wide = torch.nn.functional.pad(codes[0], (0, 16))
+    with pytest.raises(ValueError, match="the codes of q and k 80 and 64 columns"):
+        backward(q, None, out, lse, [wide, *codes[1:]], *others)
+
+
 def test_codes_come_back_from_tensors(seed: int) -> None:
     q, k, v = Case().qkv(torch.bfloat16, seed)
     for recipe in EVERY_RECIPE.values():
