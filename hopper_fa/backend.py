@@ -235,8 +235,8 @@ def run_backward_quantized(
     if out.shape != (batch, seqlen_q, heads_q, qkv.head_dim) or not width == qkv.k.shape[3] == whole:
         raise ValueError(
             f"out has shape {tuple(out.shape)} and the codes of q and k {width} and {qkv.k.shape[3]} "
-            f"columns; they must be {(batch, seqlen_q, heads_q, qkv.head_dim)} and {whole}; pass what the forward "
-            "returned and what quantize_qkv made."
+            f"columns; they must be {(batch, seqlen_q, heads_q, qkv.head_dim)} and {whole}; pass what the "
+            "forward returned and what quantize_qkv made."
         )
     check_differentiable(qkv.recipe, backend)
     dout, out, lse = resolved(dout), resolved(out), resolved(lse)
