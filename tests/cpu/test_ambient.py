@@ -235,11 +235,12 @@ for what in sys.argv[1:]:
 """
 
 
-def test_import_does_not_read_defaults() -> None:
+def test_import_does_not_read_defaults(tmp_path: Path) -> None:
     """What processes say that import hopper_fa under these defaults, and call it once."""
     ambients = ["nothing", "bfloat16", "float16", "float64", "cpu", "cuda", "meta", "default meta"]
     command = [sys.executable, "-c", IMPORT, *ambients]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    # NOTE: in the checkout, the bare sources would hide the installed package.
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     want, *others = (json.loads(line) for line in run.stdout.splitlines())
     assert len(want) == 2 + 1024 and len(others) == len(ambients) - 1
