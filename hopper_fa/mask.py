@@ -27,7 +27,7 @@ class KeyBounds:
         return 0 if self.left == UNBOUNDED else max(0, row + self.shift - self.left)
 
     def end_key(self, row: int, seqlen_k: int) -> int:
-        """One past the last key that `row` sees, from 0 to seqlen_k; no key is seen if it is at most `first_key`."""
+        """One past the last key that `row` sees, 0 to seqlen_k; at most `first_key` where no key is seen."""
         if self.right == UNBOUNDED:
             return seqlen_k
         return min(seqlen_k, max(0, row + self.shift + self.right + 1))
@@ -49,8 +49,8 @@ def key_bounds(
     Args:
         causal: right is 0, whatever the window says.
         window_size: (left, right), both included, negative where unbounded.
-        diagonal_shift: None: seqlen_k - seqlen_q, the last row's own key is the last (bottom-right aligned). 0:
-            the first row's own key is the first (top-left aligned, as torch's is_causal).
+        diagonal_shift: row i's own key is i + diagonal_shift. None: seqlen_k - seqlen_q, the last row's own
+            key is the last one (bottom-right aligned). 0: the first row's is the first (top-left).
     """
     left, right = (UNBOUNDED if side < 0 else side for side in window_size)
     shift = seqlen_k - seqlen_q if diagonal_shift is None else diagonal_shift
