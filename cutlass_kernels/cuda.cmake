@@ -1,5 +1,5 @@
-# Finds nvcc and CUTLASS before the CUDA language is enabled. Sets CUDA_ROOT, CUTLASS_INCLUDE_DIR, CUTLASS_VERSION
-# and what CMake's own CUDA check needs.
+# Finds nvcc and CUTLASS before the CUDA language is enabled. Sets CUDA_ROOT, CUDART_STATIC,
+# CUTLASS_INCLUDE_DIR and CUTLASS_VERSION.
 
 # First folder of the build Python that matches: PyPI packages of a build environment lie there.
 function(find_in_python_packages package pattern result)
@@ -32,12 +32,18 @@ if(NOT dryrun MATCHES "_HERE_=([^\n]+)")
 endif()
 get_filename_component(CUDA_ROOT "${CMAKE_MATCH_1}/.." REALPATH)
 set(CMAKE_CUDA_COMPILER "${CUDA_ROOT}/bin/nvcc")
+# NOTE: ptxas before 13.3 lets instructions write registers that a running WGMMA may still read, without a message.
+execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE nvcc_version COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" nvcc_version "${nvcc_version}")
+set(nvcc_version "${CMAKE_MATCH_1}")
+if(nvcc_version VERSION_LESS 13.3)
+  message(FATAL_ERROR "nvcc of '${CUDA_ROOT}' is release ${nvcc_version}, but it must be 13.3 or newer: older ones compile "
+                      "WGMMA wrong (a register hazard). Install the build requirements of pyproject.toml, or set "
+                      "HOPPER_FA_CUDA_ROOT to a newer toolkit.")
+endif()
 
-# NOTE: nvcc looks for its libraries in lib64, which PyPI's layout does not have.
 find_library(CUDART_STATIC cudart_static REQUIRED NO_CACHE NO_DEFAULT_PATH PATHS "${CUDA_ROOT}"
              PATH_SUFFIXES lib64 lib "targets/${CMAKE_SYSTEM_PROCESSOR}-linux/lib")
-get_filename_component(cuda_library_dir "${CUDART_STATIC}" DIRECTORY)
-string(APPEND CMAKE_CUDA_FLAGS_INIT " -L\"${cuda_library_dir}\"")
 
 if(HOPPER_FA_CUTLASS_DIR)
   set(CUTLASS_INCLUDE_DIR "${HOPPER_FA_CUTLASS_DIR}/include")

@@ -1,70 +1,48 @@
-# The one list of what gets compiled: one translation unit each. dtype | head dim | variant (row of common/tile_table.h)
-set(HOPPER_FA_FORWARD_INSTANCES
-    "bf16|64|default"
-    "bf16|128|default"
-    "bf16|256|default"
-    "fp16|64|default"
-    "fp16|128|default"
-    "fp16|256|default"
-    "e4m3|64|fp8"
-    "e4m3|128|fp8"
-    "e4m3|256|fp8"
-    "int8|64|fp8"
-    "int8|128|fp8"
-    "int8|256|fp8"
-    "e4m3|64|fp8_linear"
-    "e4m3|128|fp8_linear"
-    "int8|64|fp8_linear"
-    "int8|128|fp8_linear"
-    "e4m3|64|fp8_raw"
-    "e4m3|128|fp8_raw"
-    "e4m3|256|fp8_raw"
-    "e4m3|256|fp8_flush"
-    "int8|256|fp8_flush"
-    "e4m3|64|fp8_keys"
-    "e4m3|128|fp8_keys"
-    "e4m3|256|fp8_keys"
-    "int8|64|fp8_keys"
-    "int8|128|fp8_keys"
-    "int8|256|fp8_keys")
+# The one list of what gets compiled, a translation unit a line: family | dtypes | head dim | variant (row of the
+# family's tile table). NOTE: the headers cost most of a unit's time, so dtypes that share a tile share a unit.
+set(HOPPER_FA_INSTANCES
+    "forward|bf16,fp16|64|default"
+    "forward|bf16,fp16|128|default"
+    "forward|bf16,fp16|256|default"
+    "forward|e4m3,int8|64|fp8"
+    "forward|e4m3,int8|128|fp8"
+    "forward|e4m3,int8|256|fp8"
+    "forward|e4m3,int8|64|fp8_linear"
+    "forward|e4m3,int8|128|fp8_linear"
+    "forward|e4m3|64|fp8_raw"
+    "forward|e4m3|128|fp8_raw"
+    "forward|e4m3|256|fp8_raw"
+    "forward|e4m3,int8|256|fp8_flush"
+    "backward|bf16,fp16|64|default"
+    "backward|bf16,fp16|128|default"
+    "backward|bf16,fp16|256|default"
+    "backward|bf16,fp16|64|quantized"
+    "backward|bf16,fp16|128|quantized"
+    "backward|bf16,fp16|256|quantized"
+    "backward|bf16,fp16|64|quantized_rows"
+    "backward|bf16,fp16|128|quantized_rows")
 
-# Built only with -DHOPPER_FA_EXPERIMENTS=ON.
-set(HOPPER_FA_FORWARD_EXPERIMENT_INSTANCES
-    "bf16|128|no_warp_specialisation"
-    "bf16|128|no_ping_pong"
-    "bf16|128|no_overlap"
-    "bf16|128|one_q_stage"
-    "bf16|128|wide"
-    "bf16|256|wide"
-    "bf16|64|eager_rescale"
-    "bf16|128|eager_rescale"
-    "bf16|64|fma_exp2"
-    "bf16|64|early_pass"
-    "bf16|64|plain_store"
-    "e4m3|128|fp8_no_ping_pong")
+# Built only with HOPPER_FA_KEY_SCALES: recipes with a scale or an addend for every key.
+set(HOPPER_FA_KEY_SCALE_INSTANCES
+    "forward|e4m3,int8|64|fp8_keys"
+    "forward|e4m3,int8|128|fp8_keys"
+    "forward|e4m3,int8|256|fp8_keys")
 
-# Quantisation, by input type.
-set(HOPPER_FA_QUANTIZE_INSTANCES "bf16" "fp16" "e4m3")
+# Built only with HOPPER_FA_EXPERIMENTS.
+set(HOPPER_FA_EXPERIMENT_INSTANCES
+    "forward|bf16|128|no_warp_specialisation"
+    "forward|bf16|128|no_ping_pong"
+    "forward|bf16|128|no_overlap"
+    "forward|bf16|128|one_q_stage"
+    "forward|bf16|128|wide"
+    "forward|bf16|256|wide"
+    "forward|bf16|64|eager_rescale"
+    "forward|bf16|128|eager_rescale"
+    "forward|bf16|64|fma_exp2"
+    "forward|bf16|64|early_pass"
+    "forward|bf16|64|plain_store"
+    "forward|e4m3|128|fp8_no_ping_pong"
+    "backward|bf16|64|no_dq_warpgroup")
 
-# dtype | head dim | variant (row of kBackwardTiles)
-set(HOPPER_FA_BACKWARD_INSTANCES
-    "bf16|64|default"
-    "bf16|128|default"
-    "bf16|256|default"
-    "fp16|64|default"
-    "fp16|128|default"
-    "fp16|256|default"
-    "bf16|64|quantized"
-    "bf16|128|quantized"
-    "bf16|256|quantized"
-    "fp16|64|quantized"
-    "fp16|128|quantized"
-    "fp16|256|quantized"
-    "bf16|64|quantized_rows"
-    "bf16|128|quantized_rows"
-    "fp16|64|quantized_rows"
-    "fp16|128|quantized_rows")
-
-# Built only with -DHOPPER_FA_EXPERIMENTS=ON.
-set(HOPPER_FA_BACKWARD_EXPERIMENT_INSTANCES
-    "bf16|64|no_dq_warpgroup")
+# Quantisation, by input type; one unit. That of e4m3 is always built.
+set(HOPPER_FA_QUANTIZE_DTYPES bf16 fp16 e4m3)

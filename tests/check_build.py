@@ -1,12 +1,14 @@
 """Build check: is every compiled kernel what its source means it to be?
 
-Reads ptxas's report of each instance (hopper_fa/build_log/*.log) and the SASS of the installed binary, prints
-one line a kernel, and exits 1 on spills, local memory, serialised WGMMA, an ignored setmaxnreg, or where an
+Reads ptxas's report of each unit (hopper_fa/build_log/*.log) and the SASS of the installed binary, prints one
+line a kernel, and exits 1 on spills, local memory, any C75xx message (WGMMA serialised or waited for,
+setmaxnreg ignored), a write to a register that a running WGMMA may read (wgmma_hazards.py), or where an
 attention kernel lacks tensor-core (HGMMA, QGMMA, IGMMA), TMA load (UTMALDG) or register-reallocation
 (USETMAXREG) instructions.
 
-    python tests/check_build.py              # the installed package
-    python tests/check_build.py PACKAGE_DIR  # another folder that holds _C and build_log
+    python tests/check_build.py                   # the installed package
+    python tests/check_build.py PACKAGE_DIR       # another folder that holds _C and build_log
+    python tests/check_build.py --cpu-budget 700  # and fail where the units took more CPU seconds to compile
 """
 
 import argparse
@@ -22,14 +24,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import wgmma_hazards
+
 ATTENTION_FAMILIES = ("forward", "backward")  # each has a tile table in _C, and kernels named FAMILY_kernel
 
-# C7508: setmaxnreg ignored. C7510 to C7512, C7514, C7517: WGMMA serialised. The texts catch their relatives.
-FATAL_WARNING = re.compile(r"\(C75(08|10|11|12|14|17)\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
+# C7508: setmaxnreg ignored. C7510 to C7515: WGMMA serialised. C7517, C7519: a wait or a fence was missing.
+# No flag of ptxas turns them into errors. The texts catch relatives without a number.
+FATAL_WARNING = re.compile(r"\(C75\d\d\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
+CPU_SECONDS = re.compile(r"^cpu seconds: ([\d.]+)$", re.MULTILINE)
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 PROPERTIES_OF = re.compile(r"Function properties for (\w+)")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
+
+# Of a mangled kernel name: its family, the number of its DType and its row of the family's tile table.
+ATTENTION_KERNEL = re.compile(r"(forward|backward)_kernelINS_\d+\w+TraitsILNS_5DTypeE(\d)ELi(\d+)EE")
 
 SASS_FUNCTION = re.compile(r"^\s*Function : (\S+)")
 SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(\S*)(.*?);")
@@ -149,9 +158,9 @@ def find_cuobjdump() -> Path:
     )
 
 
-def disassemble(binary: Path) -> dict[str, SassReport]:
+def disassemble(binary: Path, cuobjdump: Path) -> dict[str, SassReport]:
     """SASS reports of every function in a binary."""
-    command = [str(find_cuobjdump()), "-sass", str(binary)]
+    command = [str(cuobjdump), "-sass", str(binary)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return parse_sass(done.stdout.splitlines())
 
@@ -173,50 +182,73 @@ def helper_name(symbol: str) -> str:
     return f"{name}<{','.join(re.findall(r'L(?:NS_5DTypeE|S1_|i|b)([0-9]+)E', symbol))}>"
 
 
-def check(binary: Path) -> list[str]:
-    """Prints the table of kernels of a _C with build_log/ beside it; returns every problem found."""
+def check(binary: Path, cpu_budget: float | None = None) -> list[str]:
+    """Prints the table of kernels of a _C with build_log/ beside it; returns every problem found.
+
+    Args:
+        cpu_budget: CPU seconds that compiling all units may have taken.
+    """
     compiled = load_compiled_module(binary)
+    dtype_names = {str(code): name for name, code in compiled.DTYPES.items()}
+    rows = {family: getattr(compiled, f"{family}_tiles")() for family in ATTENTION_FAMILIES}
     tiles = {
-        f"{family}_{dtype}_{tile['head_dim']}_{tile['variant']}": tile
+        (family, dtype, str(tile["tile"])): tile
         for family in ATTENTION_FAMILIES
-        for tile in getattr(compiled, f"{family}_tiles")()
+        for tile in rows[family]
         for dtype in tile["dtypes"]
     }
-    logs = {
-        path.stem: path.read_text()
-        for family in (*ATTENTION_FAMILIES, "quantize")
-        for path in (binary.parent / "build_log").glob(f"{family}_*.log")
-    }
-    sass = disassemble(binary)
+    units = {f"{key[0]}_{tile['head_dim']}_{tile['variant']}" for key, tile in tiles.items()}
+    units |= {"quantize"} if compiled.quantize_dtypes() else set()
+    logs = {path.stem: path.read_text() for path in (binary.parent / "build_log").glob("*.log")}
+    cuobjdump = find_cuobjdump()
+    sass = disassemble(binary, cuobjdump)
 
-    names = [*tiles, *(f"quantize_{dtype}" for dtype in compiled.quantize_dtypes())]
     problems = [] if tiles else ["the binary holds no kernel"]
-    problems += [f"{name}: in the binary, but without a compile log" for name in set(names) - logs.keys()]
-    problems += [f"{name}: compile log of a kernel not in the binary" for name in logs.keys() - set(names)]
+    problems += [f"{name}: in the binary, but without a compile log" for name in units - logs.keys()]
+    problems += [
+        f"{name}: compile log of a unit not in the binary" for name in logs.keys() - units - {"accumulator"}
+    ]
     print(f"{binary}: CUDA {compiled.cuda_version}, CUTLASS {compiled.cutlass_version}")
     print(COLUMNS.format("kernel", "regs", "setmaxnreg", "smem", "GMMA", "UTMALDG", "spills", "stack"))
-    for name in names:
-        reports, warnings = parse_compile_log(logs.get(name, ""))
-        problems += [f"{name}: {warning}" for warning in warnings]
-        family, dtype = name.split("_")[:2]
-        attention_kernels = [symbol for symbol in reports if f"{family}_kernel" in symbol]
-        if name in logs and name in tiles and not attention_kernels:
-            problems.append(f"{name}: no {family}_kernel in its compile log")
+    for unit, log in sorted(logs.items()):
+        reports, warnings = parse_compile_log(log)
+        problems += [f"{unit}: {warning}" for warning in warnings]
         for symbol, ptxas in reports.items():
             code = sass.get(symbol, SassReport())
             spills = ptxas.spill_stores + ptxas.spill_loads
-            if symbol in attention_kernels:
-                label, tile = name, tiles[name]
-                found = kernel_problems(ptxas, code, tile, dtype)
+            attention = ATTENTION_KERNEL.search(symbol)
+            key = attention and (attention[1], dtype_names[attention[2]], attention[3])
+            if tile := tiles.pop(key, None):
+                label = f"{key[0]}_{key[1]}_{tile['head_dim']}_{tile['variant']}"
+                found = kernel_problems(ptxas, code, tile, key[1])
                 setmaxnreg = "/".join(map(str, sorted(code.setmaxnreg))) or "-"
                 products = sum(code.opcodes[opcode] for opcode in ("HGMMA", "QGMMA", "IGMMA"))
                 details = (setmaxnreg, tile["shared_memory"], products, code.opcodes["UTMALDG"])
             else:
                 label, details = helper_name(symbol), ("-",) * 4
                 found = memory_problems(ptxas, code)
-            where = name if label == name else f"{name}: {label}"
-            problems += [f"{where}: {problem}" for problem in found]
+            problems += [f"{unit}: {label}: {problem}" for problem in found]
             print(COLUMNS.format(label, ptxas.registers, *details, spills, ptxas.stack))
+    problems += [f"no compile log names the {key[0]} kernel of {tile}" for key, tile in tiles.items()]
+    for symbol, kernel in wgmma_hazards.disassemble(binary, cuobjdump).items():
+        problems += [f"{helper_name(symbol)}: {hazard}" for hazard in wgmma_hazards.hazards(kernel)]
+    return problems + cpu_problems(logs, cpu_budget)
+
+
+def cpu_problems(logs: dict[str, str], budget: float | None) -> list[str]:
+    """Prints the CPU seconds of the units; says where one has none, or their sum is above the budget."""
+    seconds = {unit: sum(map(float, CPU_SECONDS.findall(log))) for unit, log in logs.items()}
+    slowest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:3]
+    total = sum(seconds.values())
+    print(
+        f"{len(seconds)} units took {total:.0f} CPU seconds to compile; most: "
+        + ", ".join(f"{unit} {seconds[unit]:.0f}" for unit in slowest)
+    )
+    if budget is None:
+        return []
+    problems = [f"{unit}: no CPU seconds in its compile log" for unit in seconds if not seconds[unit]]
+    if total > budget:
+        problems.append(f"compiling took {total:.0f} CPU seconds, and the budget is {budget:.0f}")
     return problems
 
 
@@ -228,9 +260,10 @@ def main() -> int:
         type=Path,
         help="folder of _C and build_log; default: the installed hopper_fa",
     )
+    parser.add_argument("--cpu-budget", type=float, help="most CPU seconds that compiling may have taken")
     options = parser.parse_args()
     try:
-        problems = check(find_binary(options.package_dir))
+        problems = check(find_binary(options.package_dir), options.cpu_budget)
     except FileNotFoundError as error:
         sys.exit(f"build check: {error}")
     for problem in problems:

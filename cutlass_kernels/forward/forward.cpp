@@ -16,7 +16,7 @@ struct Instance {
   {dtype_token::dtype, forward_tile_index(head_dim, variant), \
    &launch_forward<dtype_token::dtype, forward_tile_index(head_dim, variant)>},
 constexpr Instance kInstances[] = {
-#include "instances.inc"
+#include "forward_instances.inc"
 };
 
 Instance const* find(DType dtype, int tile) {

@@ -9,6 +9,7 @@
 #include "common/tile_scheduler.h"
 #include "common/tile_table.h"
 #include "common/wgmma.cuh"
+#include "common/wgmma_e4m3.cuh"
 #include "forward/tile_queue.cuh"
 #include "hopper_fa/forward.h"
 
@@ -130,9 +131,16 @@ struct ForwardTraits {
                            Step<_2, _1>{});
   }
   template <int kPart>
-  using MmaPV = decltype(make_tiled_mma(
-      GMMA::rs_op_selector<ElementV, ElementV, float, Shape<_64, Int<kPartColumns<kPart>>, Int<kBlockN>>,
-                           GMMA::Major::K, kFp8 ? GMMA::Major::K : GMMA::Major::MN>()));
+  static constexpr auto pv_operation() {
+    if constexpr (kFp8 && kIsOwnE4m3Shape<kPartColumns<kPart>>)
+      return WgmmaE4m3<kPartColumns<kPart>>{};
+    else
+      return GMMA::rs_op_selector<ElementV, ElementV, float,
+                                  Shape<_64, Int<kPartColumns<kPart>>, Int<kBlockN>>, GMMA::Major::K,
+                                  kFp8 ? GMMA::Major::K : GMMA::Major::MN>();
+  }
+  template <int kPart>
+  using MmaPV = decltype(make_tiled_mma(pv_operation<kPart>()));
 
   // 8 bit: the product that makes row sums alone.
   using MmaRowSum =

@@ -1,7 +1,15 @@
 """The build check must see each fault it exists for, in text as ptxas and cuobjdump print it."""
 
 import pytest
-from check_build import SassReport, helper_name, kernel_problems, parse_compile_log, parse_sass
+from check_build import (
+    ATTENTION_KERNEL,
+    SassReport,
+    cpu_problems,
+    helper_name,
+    kernel_problems,
+    parse_compile_log,
+    parse_sass,
+)
 
 SYMBOL = "_ZN9hopper_fa14forward_kernelINS_13ForwardTraitsEEEvv"
 TILE = {"producer_registers": 24, "consumer_registers": 240}
@@ -59,6 +67,8 @@ def test_spills_and_stack() -> None:
     [
         "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async are serialized due to x",
         "ptxas info    : (C7512) Potential Performance Loss: insufficient registers",
+        "ptxas info    : (C7513) Potential Performance Loss: a cause that only its number names",
+        "ptxas info    : (C7517) wgmma.wait_group is injected in around line 12",
         "ptxas info    : (C7508) setmaxnreg ignored to maintain minimum register requirement.",
         "ptxas warning : (C7599) Potential Performance Loss: wgmma.mma_async are serialized due to x",
     ],
@@ -93,3 +103,17 @@ def test_names_of_the_kernels_beside() -> None:
     backward = "INS_14BackwardTraitsILNS_5DTypeE0ELi1EEEEEvNS_17BackwardArgumentsE"
     assert helper_name(f"_ZN9hopper_fa9finish_dq{backward}") == "finish_dq<0,1>"
     assert helper_name("_ZN9hopper_fa17quantize_v_kernelILNS_5DTypeE1ELi2EEEvv") == "quantize_v<1,2>"
+
+
+def test_which_kernel_a_symbol_is() -> None:
+    symbol = "_ZN9hopper_fa14forward_kernelINS_13ForwardTraitsILNS_5DTypeE2ELi14EEEEEvNT_9ArgumentsE"
+    assert ATTENTION_KERNEL.search(symbol).groups() == ("forward", "2", "14")
+    assert not ATTENTION_KERNEL.search(symbol.replace("14forward_kernel", "12prepare_rows"))
+
+
+def test_cpu_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    logs = {"forward_64_default": LOG + "cpu seconds: 20.5\n", "quantize": LOG + "cpu seconds: 30.0\n"}
+    assert cpu_problems(logs, None) == cpu_problems(logs, 51) == []
+    assert "2 units took 50 CPU seconds to compile; most: quantize 30" in capsys.readouterr().out
+    assert cpu_problems(logs, 50) == ["compiling took 50 CPU seconds, and the budget is 50"]
+    assert cpu_problems(logs | {"backward": LOG}, 60) == ["backward: no CPU seconds in its compile log"]
