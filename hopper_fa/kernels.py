@@ -511,8 +511,8 @@ def _not_built(
     name = (DTYPE_NAMES | FP8_DTYPE_NAMES)[dtype]
     if variant == "fp8_keys":
         return (
-            f"this build of hopper_fa has no kernel for a recipe with smooth_q or a scale a key ({name}, head_dim "
-            f"{head_dim}); it holds {built or 'none'}; rebuild with HOPPER_FA_KEY_SCALES=ON, take another "
+            f"this build of hopper_fa has no kernel for recipes with smooth_q or a scale a key ({name}, "
+            f"head_dim {head_dim}); it holds {built or 'none'}; rebuild with HOPPER_FA_KEY_SCALES=ON, take another "
             'recipe, or ask for the slow emulation with backend="emulator".'
         )
     return (
