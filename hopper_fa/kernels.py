@@ -512,8 +512,9 @@ def _not_built(
     if variant == "fp8_keys":
         return (
             f"this build of hopper_fa has no kernel for recipes with smooth_q or a scale a key ({name}, "
-            f"head_dim {head_dim}); it holds {built or 'none'}; rebuild with HOPPER_FA_KEY_SCALES=ON, take another "
-            'recipe, or ask for the slow emulation with backend="emulator".'
+            f"head_dim {head_dim}); it holds {built or 'none'}; rebuild with "
+            "HOPPER_FA_KEY_SCALES=ON, take another recipe, or ask for the slow emulation with "
+            'backend="emulator".'
         )
     return (
         f"this build of hopper_fa has no {family} kernel for {name} with head_dim {head_dim} "
