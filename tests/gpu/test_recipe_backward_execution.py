@@ -96,7 +96,7 @@ def test_peaked_scores(recipe: str, head_dim: int, deviation: int, seed: int) ->
     qkv, (_, lse) = quantised(tensors, preset, head_dim**-0.5, case.causal)
     rows = recipe_row_sums(qkv, lse, head_dim**-0.5, case.causal)
     cut = 0.0 if exact else deviation / 64 * head_dim / 256
-    assert (rows - 1).abs().max() < 0.06 + 0.35 * cut
+    assert (rows - 1).abs().max() < 0.06 + 0.45 * cut
     assert abs(rows.mean().item() - 1) < 5e-3 + 0.02 * cut
 
 
